@@ -1,0 +1,91 @@
+"""Everything tunerkit raises or warns with.
+
+Each error is a `TunerkitError` and also the builtin a caller would expect. A message names the object, says what was
+found and what is possible, and ends with what to do.
+"""
+
+from __future__ import annotations
+
+
+class TunerkitError(Exception):
+    """Base of all errors raised by tunerkit."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would put the sentence in quotes and escape its newlines.
+        return str(self.args[0]) if len(self.args) == 1 else super().__str__()
+
+
+class ConfigError(TunerkitError, ValueError):
+    """A setting has the wrong type or value, is unknown, or asks for something that is not built."""
+
+
+class UnknownMethodError(TunerkitError, KeyError, ValueError):
+    """No installed package offers the method."""
+
+
+class PluginError(TunerkitError, RuntimeError):
+    """A method's package is installed and cannot be used; the cause is chained where there is one."""
+
+
+class TargetError(TunerkitError, ValueError):
+    """What a config targets cannot be adapted."""
+
+
+class NoMatchingPeftModuleError(TargetError):
+    """Nothing in the model matches what the config targets (PEFT's name for it)."""
+
+
+class UnsupportedSiteError(TargetError, TypeError):
+    """A targeted module is of a kind that the method does not adapt."""
+
+
+class AdapterNameError(TunerkitError, ValueError):
+    """An adapter name is illegal or already taken."""
+
+
+class UnknownAdapterError(TunerkitError, KeyError, ValueError):
+    """The model holds no adapter of that name."""
+
+
+class AdapterStateError(TunerkitError, RuntimeError, ValueError):
+    """An adapter is in a state (merged, active, frozen) in which the call cannot be carried out."""
+
+
+class MergeError(AdapterStateError):
+    """Adapters cannot be merged as asked."""
+
+
+class RouteError(AdapterStateError):
+    """A call cannot be routed to the adapters it names."""
+
+
+class CheckpointError(TunerkitError, RuntimeError, ValueError):
+    """A checkpoint cannot be read, written or fitted to the model."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint where one was looked for."""
+
+
+class TunerkitWarning(UserWarning):
+    """Base of all warnings issued by tunerkit."""
+
+
+class TargetWarning(TunerkitWarning):
+    """An entry of the config (a target, an exclusion) matched nothing while others did."""
+
+
+class LoadWarning(TunerkitWarning):
+    """A checkpoint was loaded although tensors were missing or left over (`strict=False`)."""
+
+
+class PluginWarning(TunerkitWarning):
+    """Something about the installed plugins deserves a look (`tunerkit plugins` lists them)."""
+
+
+class MergeWarning(TunerkitWarning):
+    """Merging or unmerging did something beyond what was literally asked."""
+
+
+class AdapterWarning(TunerkitWarning):
+    """Adding, deleting or switching adapters did something beyond what was literally asked."""
