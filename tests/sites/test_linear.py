@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, weight_norm
+
+from tunerkit.sites import EmbeddingSite, LinearSite, make_site
+
+
+class Own(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).sigmoid()
+
+
+class Halving(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [nn.Linear, Own])
+class TestRun:
+    def test_as_the_layer_would(self, kind, bias):
+        layer, x = kind(5, 4, bias=bias), torch.randn(2, 3, 5)
+        site = make_site(layer)
+        assert type(site) is LinearSite
+        assert (site.in_features, site.out_features, site.weight_name) == (5, 4, "weight")
+        weight, vector = torch.randn(4, 5), torch.randn(4)
+        after = torch.sigmoid if kind is Own else (lambda y: y)
+        assert torch.equal(site.run(x, weight, vector), after(F.linear(x, weight, vector)))
+        assert torch.equal(site.run(x, weight, None), after(F.linear(x, weight)))
+        assert torch.equal(site.run(x, layer.weight, layer.bias), layer(x))
+
+    def test_precision_of_the_layer(self, kind, bias):
+        layer = kind(5, 4, bias=bias, dtype=torch.bfloat16)
+        y = make_site(layer).run(torch.randn(3, 5, dtype=torch.bfloat16), torch.randn(4, 5), torch.randn(4))
+        assert y.dtype is torch.bfloat16
+
+    @pytest.mark.parametrize(
+        ("register", "count"),
+        [
+            ("register_forward_hook", 1),
+            ("register_forward_pre_hook", 1),
+            ("register_full_backward_hook", 1),
+            ("register_full_backward_pre_hook", 1),
+        ],
+    )
+    def test_hooks(self, kind, bias, register, count):
+        layer, seen = kind(5, 4, bias=bias), []
+        getattr(layer, register)(lambda *_: seen.append(1))
+        x = torch.randn(3, 5, requires_grad=True)
+        make_site(layer).run(x, torch.randn(4, 5), None).sum().backward()
+        assert len(seen) == count
+
+    def test_arguments_that_the_layer_does_not_take(self, kind, bias):
+        layer = kind(5, 4, bias=bias)
+        with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+            make_site(layer).run(torch.randn(3, 5), layer.weight, None, 2)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
+            make_site(layer).run(torch.randn(3, 5), layer.weight, None, scale=2)
+
+
+class TestTakes:
+    def test_what_it_takes(self):
+        for layer in (
+            nn.Linear(5, 4),
+            Own(5, 4),
+            nn.Linear(5, 4, dtype=torch.bfloat16),
+            nn.Linear(5, 4, device="meta"),
+        ):
+            assert LinearSite.takes(layer) is None
+        assert EmbeddingSite.takes(nn.Embedding(7, 5)) is None
+
+    def test_attention(self):
+        attention = nn.MultiheadAttention(8, 2)
+        assert "MultiheadAttention reads its weight and never calls it" in LinearSite.takes(attention.out_proj)
+
+    @pytest.mark.parametrize(("layer", "site"), [(nn.Linear(5, 4), LinearSite), (nn.Embedding(7, 5), EmbeddingSite)])
+    def test_integers(self, layer, site):
+        layer._parameters["weight"] = nn.Parameter(torch.ones(4, 5, dtype=torch.int8), requires_grad=False)
+        assert site.takes(layer) == (
+            "its weight is stored as torch.int8, for which no installed package teaches a site"
+        )
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: parametrize.register_parametrization(layer, "weight", Halving()),
+            parametrizations.weight_norm,
+            weight_norm,
+        ],
+    )
+    @pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+    def test_a_weight_that_is_computed(self, change, kind):
+        """Other parameters in place of such a weight would have no effect, so it must not seem to work."""
+        layer = kind(5, 4)
+        change(layer)
+        site = make_site(layer)
+        assert "its weight is not a parameter of its own" in site.takes(layer)

@@ -1,0 +1,313 @@
+"""`AdaptedLayer`: the layer that the core puts in place of one that is adapted."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from tunerkit.adapter import AdditiveAdapter
+from tunerkit.errors import AdapterStateError, MergeError, RouteError
+from tunerkit.folding import Merged, Stacked, fold, merge_order
+from tunerkit.layer import BaseTunerLayer
+from tunerkit.names import PerAdapter, expose, withdraw
+from tunerkit.naming import listing
+from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
+from tunerkit.sites import Below, Bound, ParameterSite, Site
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from tunerkit.adapter import Adapter
+
+
+class AdaptedLayer(nn.Module, BaseTunerLayer):
+    """A base layer and its adapters, which stand on one another in the order in which they are active.
+
+    What is active is resolved when it changes, into an immutable tuple that is swapped in one assignment; `forward`
+    looks nothing up by name and changes nothing.
+
+    Args:
+        site: The base layer.
+        owner: Stands for the model to which the layer belongs.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(self, site: Site, owner: Owner) -> None:
+        super().__init__()
+        self._modules["base_layer"] = site.module
+        self.training = site.module.training
+        self.__dict__.update(
+            _adapters={},
+            _stack=(),
+            _sole=None,
+            _site=site,
+            _owner=owner,
+            _merged=None,
+            _active_adapter=[],
+            _merged_before=None,
+        )
+
+    _adapters: dict[str, Adapter]
+    _stack: tuple[Adapter, ...]
+    _sole: Adapter | None
+    _site: Site
+    _owner: Owner
+    _merged: Merged | None
+    _merged_before: list[str] | None
+
+    # Forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer with the adapters that are active, or that this call is routed to."""
+        adapter = self._sole
+        if adapter is None or kwargs or len(args) != 1 or BACKWARD or CALL.route is not None:
+            return self._forward(*args, **kwargs)
+        site = self._site
+        base = self._modules["base_layer"]
+        return adapter.forward(args[0], site if site.module is base else site.at(base))  # type: ignore[arg-type]
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        names = current(self._owner)
+        if CALL.route is not None:
+            check_held(self._owner)
+        stack = self._stack if names is None else self._routed(names)
+        site = self.site
+        if not stack or not (args or kwargs):
+            return site.module(*args, **kwargs)  # type: ignore[no-any-return]
+        x, args, kwargs = _split_input(site.owner, args, kwargs)
+        below: Below = Bound(site, self.bare_site, args, kwargs)
+        for adapter in stack:
+            below = Stacked(adapter, below)
+        return below(x)
+
+    def _routed(self, names: tuple[str, ...]) -> tuple[Adapter, ...]:
+        if self._merged is not None:
+            msg = (
+                f"The layer {self._site.name!r} has {listing(self.merged_adapters)} merged into its weight, so a call "
+                f"cannot be routed to {listing(names)}. Call unmerge_adapter() first."
+            )
+            raise RouteError(msg)
+        return tuple(self._adapters[name] for name in names if name in self._adapters)
+
+    @property
+    def site(self) -> Site:
+        """The base layer as it is now, whatever module stands in its place."""
+        base = self._modules["base_layer"]
+        return self._site if self._site.module is base else self._site.at(base)  # type: ignore[arg-type]
+
+    @property
+    def bare_site(self) -> Site:
+        """The base layer with its own weight, also while adapters are merged into it."""
+        return self.site if self._merged is None else self._merged.bare(self.site)
+
+    @property
+    def parameter_name(self) -> str | None:
+        """The one parameter of the base layer that is adapted here, or None if it is the layer."""
+        return self._site.parameter_name if isinstance(self._site, ParameterSite) else None
+
+    # Adapters
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """The ids of the methods whose adapters the layer holds."""
+        return frozenset(adapter.__dict__["_method"] for adapter in self._adapters.values())
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by name."""
+        return dict(self._adapters)
+
+    @property
+    def available_adapters(self) -> list[str]:
+        """The names of all adapters of the layer, sorted."""
+        return sorted(self._adapters)
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The names of the entries that hold the adapters' tensors."""
+        return tuple(name for name in self._modules if name != "base_layer")
+
+    def add_adapter(self, name: str, adapter: Adapter, method: str) -> None:
+        """Take in an adapter; it is not active yet.
+
+        Args:
+            name: Its name, not taken on this layer.
+            adapter: The adapter.
+            method: The id of its method.
+        """
+        adapter.__dict__.update(
+            _method=method,
+            _frozen=frozenset(key for key, tensor in adapter.named_parameters() if not tensor.requires_grad),
+        )
+        if adapter.training != self.training:
+            adapter.train(self.training)
+        self._adapters[name] = adapter
+        expose(self, self._adapters, name)  # type: ignore[arg-type]
+
+    def adapter_tensors(self, name: str) -> dict[str, Tensor]:
+        """Return an adapter's own tensors (parameters and persistent buffers) by their key below the layer."""
+        adapter = self._adapters.get(name)
+        return {} if adapter is None else adapter.state_dict(keep_vars=True)
+
+    def trainable_tensors(self, name: str) -> Iterator[Tensor]:
+        """Go through the tensors of an adapter that train when it does."""
+        adapter = self._adapters.get(name)
+        if adapter is not None:
+            frozen: frozenset[str] = adapter.__dict__["_frozen"]
+            for key, tensor in adapter.named_parameters():
+                if key not in frozen:
+                    yield tensor
+
+    def _remove(self, name: str) -> None:
+        if name in self.merged_adapters:
+            msg = f"The adapter {name!r} is merged into {self._site.name!r}. Call unmerge_adapter() before deleting it."
+            raise AdapterStateError(msg)
+        del self._adapters[name]
+        withdraw(self, self._adapters)  # type: ignore[arg-type]
+        self._settle()
+
+    # What is active
+
+    def _activate(self, names: list[str]) -> None:
+        self.check_together(names)
+        if names != self.active_adapters:
+            self.__dict__["_merged_before"] = None  # others are to take part when the adapters are switched on again
+        self.__dict__["_active_adapter"] = list(names)
+        self._settle()
+
+    def check_together(self, names: Sequence[str]) -> None:
+        """Raise `AdapterStateError` if these adapters cannot be active together on this layer."""
+        stack = [self._adapters[name] for name in names if name in self._adapters]
+        for adapter in stack if len(stack) > 1 else ():
+            reason = adapter.together([other for other in stack if other is not adapter])
+            if reason is not None:
+                msg = f"{listing(names)} cannot be active together on {self._site.name!r}: {reason}."
+                raise AdapterStateError(msg)
+
+    def _settle(self) -> None:
+        """Resolve which adapters the next forward runs."""
+        merged = self.merged_adapters
+        active = () if self._disable_adapters else self.active_adapters
+        stack = tuple(self._adapters[name] for name in active if name in self._adapters and name not in merged)
+        # While adapters are merged, the bare layer is not what the base layer holds; only the general way knows that.
+        sole = stack[0] if len(stack) == 1 and self._merged is None else None
+        self.__dict__.update(_stack=stack, _sole=sole)
+        self._owner.changes += 1
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters off, or on again; what is merged is taken out and put back: off means the base layer."""
+        if enabled == (not self._disable_adapters):
+            return
+        if not enabled:
+            self.__dict__["_merged_before"] = list(self.merged_adapters)
+            if self.merged:
+                self.unmerge()
+        super().enable_adapters(enabled)
+        self._settle()
+        if enabled:
+            names, self.__dict__["_merged_before"] = self._merged_before, None
+            if names:
+                self.merge(adapter_names=names)
+
+    # Merging
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """The names of the adapters that are merged, in order."""
+        return [] if self._merged is None else list(self._merged.names)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base layer's parameters; the original ones are kept, so unmerging is exact.
+
+        Args:
+            safe_merge: Refuse, with nothing changed, if the result holds NaN or infinities.
+            adapter_names: Which; the active ones if not given. Names merged already or not here are passed over.
+
+        Raises:
+            MergeError: An adapter has no merged form, or others that stay active stand below it and do not commute.
+        """
+        if self._disable_adapters:
+            msg = f"The adapters of {self._site.name!r} are disabled; enable them before merging."
+            raise MergeError(msg)
+        names = merge_order(self, self.active_adapters if adapter_names is None else adapter_names)
+        if not names:
+            return
+        site = self.site
+        merged = (
+            Merged(names=(*self.merged_adapters, *names), originals={})
+            if self._merged is None
+            else self._merged.also(names)
+        )
+        tensors = fold(site, self.bare_site, [self._adapters[name] for name in names], safe=safe_merge)
+        self.__dict__["_merged"] = merged.put(site, tensors)
+        self._settle()
+
+    def unmerge(self) -> None:
+        """Put the base layer's original parameters back."""
+        if self._merged is not None:
+            self._merged.take_out(self.site)
+            self.__dict__["_merged"] = None
+            self._settle()
+
+    def forget_originals(self) -> dict[str, nn.Parameter | None]:
+        """Give up the merged adapters and return the original parameters; nothing can be unmerged after that."""
+        originals = {} if self._merged is None else self._merged.originals
+        merged = self.merged_adapters
+        self.__dict__["_merged"] = None
+        self.__dict__["_active_adapter"] = [name for name in self.active_adapters if name not in merged]
+        for name in merged:
+            del self._adapters[name]
+        withdraw(self, self._adapters)  # type: ignore[arg-type]
+        self._settle()
+        return originals
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether an adapter adds something to the weight, so that it can be turned into a low-rank one."""
+        return isinstance(self._adapters.get(adapter_name), AdditiveAdapter)
+
+    # nn.Module
+
+    def train(self, mode: bool = True) -> AdaptedLayer:
+        """Set training mode, for the adapters too, which stand outside the module tree."""
+        for adapter in self._adapters.values():
+            adapter.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._merged is not None:
+            self._merged.apply(fn)
+        return self
+
+    def _replicate_for_data_parallel(self) -> AdaptedLayer:
+        msg = (
+            f"nn.DataParallel cannot copy the layer {self._site.name!r}: its adapters would stay on the first device. "
+            "Use torch.nn.parallel.DistributedDataParallel."
+        )
+        raise AdapterStateError(msg)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+        # What the model's own code reads of its layer comes first, then what the adapters have.
+        base = self.get_base_layer()
+        if not hasattr(base, name) and any(hasattr(adapter, name) for adapter in self._adapters.values()):
+            return PerAdapter(self._adapters, name)  # type: ignore[arg-type]
+        return getattr(self.base_layer, name)
+
+
+def _split_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Separate a layer's input from its other arguments; if all are given by name, it is the layer's first."""
+    if args:
+        return args[0], args[1:], kwargs
+    given = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    first = next(iter(given or kwargs))
+    return kwargs[first], (), {name: value for name, value in kwargs.items() if name != first}

@@ -1,0 +1,183 @@
+"""What the author of a method writes: `Adapter`, or `AdditiveAdapter` for methods that add to the weight, and `Part`.
+
+An adapter is one object at one site. It holds its tensors under the names they have in a checkpoint and knows its
+maths; which adapters are active, merged or frozen, and what kind of layer this is, is the business of others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tunerkit.config import PeftConfig
+    from tunerkit.sites import Below, Site
+
+
+class Adapter(nn.Module):
+    """One method's maths at one site.
+
+    A subclass makes its tensors in `__init__(self, site, config)` and says in `merged` what the layer's parameters are
+    with the adapter folded in. Tensors that are registered with `requires_grad=False` stay frozen.
+
+    Attributes:
+        entries: The names of the attributes that hold its tensors, as they stand in a checkpoint's keys.
+        kinds: The kinds of sites it adapts (`Site.kind`).
+        unfoldable: Why this adapter has no merged form, so that only its own `forward` is run; None if it has one.
+        commutes: Whether it adds something that depends on neither the adapters below it nor their order.
+        part: What this adapter shares with those of the same name at other sites, if the method has a `Part`.
+    """
+
+    entries: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    unfoldable: str | None = None
+    commutes: bool = False
+    part: Part | None = None
+
+    def __init__(self, site: Site, config: PeftConfig) -> None:
+        del site, config
+        super().__init__()
+
+    def merged(self, below: Below) -> tuple[Tensor, Tensor | None]:
+        """Return the layer's weight and bias with this adapter folded in, changing nothing.
+
+        Args:
+            below: The layer with the adapters under this one.
+
+        Returns:
+            The weight, of the shape of `below.weight`, and the bias, which may be one where there was none.
+        """
+        msg = f"{type(self).__name__} must define merged(below), or forward(x, below) and unfoldable."
+        raise NotImplementedError(msg)
+
+    def forward(self, x: Tensor, below: Below) -> Tensor:
+        """Return the layer's output with this adapter; a subclass may have a cheaper way to the same result."""
+        return below.run(x, *self.merged(below))
+
+    def together(self, others: Sequence[Adapter]) -> str | None:
+        """Return why this adapter cannot be active on a layer together with these others, or None if it can."""
+        del others
+        return None
+
+    def join(self, part: Part) -> None:
+        """Take in the part that all adapters of this name share; called once, before the adapter is used."""
+        self.__dict__["part"] = part
+
+    def to_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this adapter's tensors in the form in which a checkpoint holds them, by their keys below the layer."""
+        return tensors
+
+    def from_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a checkpoint's tensors in the form in which this adapter holds them: `to_checkpoint` in reverse."""
+        return tensors
+
+
+class AdditiveAdapter(Adapter):
+    """A method that adds something to the weight."""
+
+    commutes: bool = True
+
+    def delta(self, base: Site) -> Tensor:
+        """Return what is added to the weight.
+
+        Args:
+            base: The bare layer.
+
+        Returns:
+            A tensor with as many numbers as `base.weight`.
+        """
+        msg = f"{type(self).__name__} must define delta(base)."
+        raise NotImplementedError(msg)
+
+    def merged(self, below: Below) -> tuple[Tensor, Tensor | None]:
+        """Return the weight plus `delta`, and the bias as it is."""
+        weight = below.weight
+        return weight + self.delta(below.base).reshape(weight.shape), below.bias
+
+
+class Part(nn.Module):
+    """The half of an adapter that exists once per model: tensors that all its sites share, and what surrounds a call.
+
+    It is made after planning from all sites, before the adapters, and each of them is then given it by `Adapter.join`.
+
+    Attributes:
+        entries: The names of the attributes that hold its tensors, as they stand in a checkpoint's keys.
+        exposes: The names of methods that can be called on the model.
+    """
+
+    entries: ClassVar[tuple[str, ...]] = ()
+    exposes: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, sites: Sequence[Site], config: PeftConfig) -> None:
+        del sites, config
+        super().__init__()
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the model for a call in which this adapter takes part; a subclass may do something before and after."""
+        return call(*args, **kwargs)
+
+
+def linear(weight: Tensor, *, trains: bool = True) -> nn.Linear:
+    """Return an `nn.Linear` without bias that holds a ready-made weight.
+
+    The constructor of `nn.Linear` would first fill a weight of its own at random, which costs five times as much.
+
+    Args:
+        weight: The weight, out x in.
+        trains: Whether the weight is to be trained.
+    """
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=trains)
+    layer._parameters["bias"] = None
+    return layer
+
+
+def add_low_rank(y: Tensor, x: Tensor, down: nn.Linear, up: nn.Linear, scaling: float) -> Tensor:
+    """Return `y + scaling * up(down(x))` without building the matrix `up.weight @ down.weight`.
+
+    The small factors are cast to the dtype of what they meet, not the activations to the dtype of the factors.
+
+    Args:
+        y: The layer's output, ... x out.
+        x: The layer's input, ... x in.
+        down: The factor with weight rank x in.
+        up: The factor with weight out x rank.
+        scaling: The factor before the product.
+    """
+    a: Tensor | None = down._parameters.get("weight")
+    b: Tensor | None = up._parameters.get("weight")
+    if a is None or b is None or not (_is_plain(down, a) and _is_plain(up, b)):
+        return y + scaling * _call(up, _call(down, x)).to(y.dtype)
+    hidden = F.linear(x, a if a.dtype is x.dtype else a.to(x.dtype))
+    if hidden.dtype is not y.dtype:
+        hidden = hidden.to(y.dtype)
+    if b.dtype is not y.dtype:
+        b = b.to(y.dtype)
+    rows = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b.t(), alpha=scaling)
+    return rows.view(y.shape)
+
+
+def _call(factor: nn.Module, x: Tensor) -> Tensor:
+    weight = factor._parameters.get("weight")
+    return factor(x if weight is None or not weight.is_floating_point() else x.to(weight.dtype))  # type: ignore[no-any-return]
+
+
+def _is_plain(layer: nn.Linear, weight: Tensor) -> bool:
+    """Return whether reading the weight is the same as calling the layer: nothing hooked, replaced or off-loaded."""
+    return (
+        type(layer) is nn.Linear
+        and not layer._forward_pre_hooks
+        and not layer._forward_hooks
+        and not layer._backward_pre_hooks
+        and not layer._backward_hooks
+        and layer._parameters.get("bias") is None
+        and "forward" not in layer.__dict__
+        and not weight.is_meta
+    )

@@ -1,0 +1,190 @@
+"""Folding adapters into the base layer's parameters, in one layer, and taking them out again bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tunerkit.errors import MergeError
+from tunerkit.naming import listing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tunerkit.adapted_layer import AdaptedLayer
+    from tunerkit.adapter import Adapter
+    from tunerkit.sites import Below, Site
+
+
+class Stacked:
+    """An adapter on what is below it, and itself what the next adapter stands on. Made for one call."""
+
+    __slots__ = ("_folded", "adapter", "below")
+
+    def __init__(self, adapter: Adapter, below: Below) -> None:
+        self.adapter = adapter
+        self.below = below
+        self._folded: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias with the adapter folded in."""
+        if self._folded is None:
+            self._folded = self.adapter.merged(self.below)
+        return self._folded
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the adapter folded in."""
+        return self.folded[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias with the adapter folded in."""
+        return self.folded[1]
+
+    @property
+    def base(self) -> Site:
+        """The bare layer."""
+        return self.below.base
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the layer with the adapter."""
+        return self.adapter.forward(x, self.below)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the layer with these parameters."""
+        return self.below.run(x, weight, bias)
+
+
+class _Given:
+    """A layer whose parameters are given: the current ones in the precision in which adapters are folded."""
+
+    def __init__(self, base: Site, weight: Tensor, bias: Tensor | None) -> None:
+        self.base = base
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x, self.weight, self.bias)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.base.run(x, weight, bias)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What is merged into a layer, and the parameters that were there before, the same objects."""
+
+    names: tuple[str, ...]
+    originals: dict[str, nn.Parameter | None]
+
+    def also(self, names: Sequence[str]) -> Merged:
+        """Return the record with more names on top."""
+        return replace(self, names=(*self.names, *names))
+
+    def put(self, site: Site, tensors: dict[str, Tensor | None]) -> Merged:
+        """Put folded parameters into the layer and return the record with the originals.
+
+        The layer gets new parameter objects, so another module that shares the original (a tied weight) is not changed.
+        """
+        owner = site.owner
+        originals = dict(self.originals)
+        for name in tensors:
+            originals.setdefault(name, owner._parameters.get(name))
+        for name, tensor in tensors.items():
+            before = owner._parameters.get(name)
+            trains = before is not None and before.requires_grad
+            owner._parameters[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=trains)
+        return replace(self, originals=originals)
+
+    def take_out(self, site: Site) -> None:
+        """Put the original parameters back."""
+        site.owner._parameters.update(self.originals)
+
+    def bare(self, site: Site) -> Site:
+        """Return the site as it is without what is merged."""
+        return site.with_parameters(self.originals)
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move or convert the originals along with the layer, keeping the parameter objects where torch can."""
+        for name, original in self.originals.items():
+            if original is not None:
+                data = fn(original.data)
+                if torch._has_compatible_shallow_copy_type(original.data, data):
+                    original.data = data
+                else:  # to or from the meta device
+                    self.originals[name] = nn.Parameter(data, requires_grad=original.requires_grad)
+
+
+def merge_order(layer: AdaptedLayer, asked: Sequence[str]) -> list[str]:
+    """Return which of the asked adapters are to be merged now, in the order in which they stand on the layer.
+
+    Raises:
+        MergeError: One of them has no merged form, or stands on an adapter that stays and does not commute with it.
+    """
+    adapters = layer.adapters
+    active = [name for name in layer.active_adapters if name in adapters and name not in layer.merged_adapters]
+    wanted = [name for name in dict.fromkeys(asked) if name in adapters and name not in layer.merged_adapters]
+    names = [name for name in active if name in wanted] + [name for name in wanted if name not in active]
+    for name in names:
+        reason = adapters[name].unfoldable
+        if reason is not None:
+            msg = f"The adapter {name!r} on {layer.site.name!r} cannot be merged: {reason}. Keep it as an adapter."
+            raise MergeError(msg)
+        under = active[: active.index(name)] if name in active else active
+        for other in under:
+            if other not in names and not (adapters[name].commutes and adapters[other].commutes):
+                msg = (
+                    f"On {layer.site.name!r} the adapters stand in the order {listing(active)}, and {name!r} does not "
+                    f"commute with {other!r} below it, so merging it alone would change the output. Merge both, or "
+                    f"activate {name!r} first with set_adapter([...])."
+                )
+                raise MergeError(msg)
+    return names
+
+
+def fold(site: Site, bare: Site, adapters: Sequence[Adapter], *, safe: bool) -> dict[str, Tensor | None]:
+    """Return the layer's parameters with adapters folded in, in the form in which the layer stores them.
+
+    A base of half precision is folded in float32 and rounded once. What the adapters do not change is left out.
+
+    Args:
+        site: The layer as it is.
+        bare: The layer without what is merged already.
+        adapters: From the lowest to the topmost.
+        safe: Refuse NaN and infinities.
+
+    Raises:
+        MergeError: The result holds NaN or infinities and `safe` is set.
+    """
+    with torch.no_grad():
+        weight, bias = site.weight, site.bias
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            weight, bias = weight.float(), None if bias is None else bias.float()
+        below: Below = _Given(bare, weight, bias)
+        for adapter in adapters:
+            below = Stacked(adapter, below)
+        tensors = site.to_stored(below.weight, below.bias)
+        # What the adapters leave as it is stays the object it was: an optimiser or another module may hold it.
+        for name, unchanged in ((site.weight_name, below.weight is weight), ("bias", below.bias is bias)):
+            if unchanged:
+                tensors.pop(name, None)
+        for name, tensor in tensors.items():
+            if safe and tensor is not None and not torch.isfinite(tensor).all():
+                msg = (
+                    f"Merging into {site.name!r} would put NaN or infinities into its {name}; "
+                    "nothing was changed there."
+                )
+                raise MergeError(msg)
+            # A view of the layer's own tensor must not be held twice.
+            if tensor is not None and tensor.data_ptr() == _pointer(site.owner._parameters.get(name)):
+                tensors[name] = tensor.clone()
+    return tensors
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,267 @@
+"""`BaseTunerLayer`: which adapters a layer has, which are active, which train.
+
+It is a mix-in, as in PEFT: a layer written by hand, `class MyLayer(nn.Module, BaseTunerLayer)`, names its containers in
+`adapter_layer_names` and `other_param_names` and takes part in everything. The layer that the core itself puts in place
+is `tunerkit.adapted_layer.AdaptedLayer`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from tunerkit.errors import AdapterWarning
+from tunerkit.naming import listing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+class MethodMeta(type):
+    """Makes `isinstance(thing, LoraLayer)` mean "it holds an adapter of that method now", whatever class it is of.
+
+    A class declares its method with `class LoraLayer(BaseTunerLayer, method="lora")`. Its instances, and those of the
+    class at the root of its family, say with `methods` which methods they hold.
+    """
+
+    _method: str | None
+
+    def __new__(
+        cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], method: str | None = None, **kwargs: Any
+    ) -> MethodMeta:
+        """Create the class and note its method."""
+        made = super().__new__(cls, name, bases, namespace, **kwargs)
+        made._method = method
+        return made
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> None:
+        del kwargs
+        super().__init__(name, bases, namespace)
+
+    def __instancecheck__(cls, thing: object) -> bool:
+        method = cls._method
+        if method is None:
+            return type.__instancecheck__(cls, thing)
+        root = next(base for base in reversed(cls.__mro__) if isinstance(base, MethodMeta))
+        return type.__instancecheck__(root, thing) and method in thing.methods  # type: ignore[attr-defined]
+
+
+class BaseTunerLayer(metaclass=MethodMeta):
+    """What every layer with adapters can do, with PEFT's names.
+
+    Three things are independent: which adapters are there, which are active (take part in the output), and which train.
+
+    Attributes:
+        is_pluggable: Whether such a layer can stand at any place where its base layer can.
+        adapter_layer_names: The names of the containers (by adapter) whose tensors can train.
+        other_param_names: The names of other containers that hold something by adapter.
+        frozen_peft_weight_names: The names of containers whose tensors stay frozen, by adapter.
+    """
+
+    is_pluggable: ClassVar[bool] = True
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+    frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # noqa: RUF012 - PEFT's layers override it on the instance
+    merged_adapters: Sequence[str] = ()
+    base_layer: nn.Module
+
+    _active_adapter: str | list[str] = "default"
+    _disable_adapters: bool = False
+    _trained_before: list[Tensor] | None = None
+
+    # What is here
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """The ids of the methods whose adapters the layer holds."""
+        found = (getattr(kind, "_method", None) for kind in type(self).__mro__)
+        return frozenset(method for method in found if isinstance(method, str) and self.available_adapters)
+
+    @property
+    def available_adapters(self) -> list[str]:
+        """The names of all adapters of the layer, sorted."""
+        names: set[str] = set()
+        for container in (*self.adapter_layer_names, *self.other_param_names):
+            found = getattr(self, container, None)
+            if hasattr(found, "keys"):
+                names.update(found.keys())  # type: ignore[union-attr]
+        return sorted(names)
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the layer below all adapters, also where one such layer wraps another."""
+        layer = self.base_layer
+        while isinstance(layer, BaseTunerLayer):
+            layer = layer.base_layer
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.get_base_layer().bias  # type: ignore[return-value]
+
+    def adapter_tensors(self, name: str) -> dict[str, Tensor]:
+        """Return what a checkpoint of an adapter holds of this layer: its tensors by their key below the layer."""
+        tensors: dict[str, Tensor] = {}
+        for container in (*self.adapter_layer_names, *self.other_param_names):
+            tensors.update(_tensors_in(getattr(self, container, None), name, container))
+        return tensors
+
+    def trainable_tensors(self, name: str) -> Iterator[Tensor]:
+        """Go through the tensors of an adapter that train when it does."""
+        frozen = self.frozen_peft_weight_names.get(name, ())
+        for container in self.adapter_layer_names:
+            if container not in frozen:
+                for tensor in _tensors_in(getattr(self, container, None), name, container).values():
+                    if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                        yield tensor
+
+    # What is active, and what trains
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters, in the order in which they stand on one another."""
+        active = self._active_adapter
+        return [active] if isinstance(active, str) else list(active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter as it was set: a name, or a list of names."""
+        return self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters are switched off."""
+        return self._disable_adapters
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are merged into the base layer."""
+        return bool(self.merged_adapters)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active and trainable, and freeze the others.
+
+        Args:
+            adapter_names: One name or several; names that this layer does not have are passed over.
+            inference_mode: Keep the active ones frozen too.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        trains = [] if inference_mode else [name for name in self.available_adapters if name in names]
+        if self._disable_adapters:
+            self._trained_before = [tensor for name in trains for tensor in self.trainable_tensors(name)]
+            trains = []
+        for name in self.available_adapters:
+            self.set_requires_grad(name, requires_grad=name in trains)
+        self._activate(names)
+
+    def _activate(self, names: list[str]) -> None:
+        """Make adapters active without touching what trains."""
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say whether adapters train; names that this layer does not have are passed over."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        available = set(self.available_adapters)
+        for name in names:
+            if name in available:
+                for tensor in self.trainable_tensors(name):
+                    tensor.requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters of the layer off, or on again.
+
+        Switching off notes which tensors trained and freezes them; switching on lets just those train again.
+        """
+        if enabled == (not self._disable_adapters):
+            return
+        if enabled:
+            for tensor in self._trained_before or ():
+                tensor.requires_grad_()
+            self._trained_before = None
+        else:
+            tensors = (tensor for name in self.available_adapters for tensor in self.trainable_tensors(name))
+            self._trained_before = [tensor for tensor in tensors if tensor.requires_grad]
+            for tensor in self._trained_before:
+                tensor.requires_grad = False
+        self._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from the layer.
+
+        If it was the only active one, the first of the others by name becomes active, with a warning.
+        """
+        if adapter_name not in self.available_adapters:
+            return
+        self._remove(adapter_name)
+        active = [name for name in self.active_adapters if name != adapter_name]
+        if len(active) == len(self.active_adapters):
+            return
+        rest = self.available_adapters
+        if active or not rest:
+            self._activate(active)
+            return
+        msg = f"The active adapter {adapter_name!r} was deleted; {rest[0]!r} of {listing(rest)} is active now."
+        warnings.warn(AdapterWarning(msg), stacklevel=2)
+        self.set_adapter(rest[0])
+
+    def _remove(self, name: str) -> None:
+        for container in (*self.adapter_layer_names, *self.other_param_names):
+            found = getattr(self, container, None)
+            if found is not None and name in found:
+                del found[name]
+
+    # What a layer written by hand defines itself
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base layer."""
+        msg = f"{type(self).__name__} does not define merge, so its adapters cannot be merged."
+        raise NotImplementedError(msg)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base layer again."""
+        msg = f"{type(self).__name__} does not define unmerge."
+        raise NotImplementedError(msg)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether an adapter can be turned into a low-rank one."""
+        del adapter_name
+        return False
+
+
+def tuner_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Go through the layers with adapters, by path. Costs a walk over the model; no list of them is kept.
+
+    Below such a layer only its base layer is looked into: it may be another one, or hold others.
+    """
+    return _walk(module, prefix, set())
+
+
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, BaseTunerLayer]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, BaseTunerLayer):
+        yield prefix, module
+        base = module._modules.get("base_layer")
+        if base is not None and (base._modules or isinstance(base, BaseTunerLayer)):
+            yield from _walk(base, f"{prefix}.base_layer" if prefix else "base_layer", seen)
+        return
+    for name, child in module._modules.items():
+        if child is not None and (child._modules or isinstance(child, BaseTunerLayer)):
+            yield from _walk(child, f"{prefix}.{name}" if prefix else name, seen)
+
+
+def _tensors_in(container: Any, name: str, prefix: str) -> dict[str, Tensor]:
+    if container is None or name not in container:
+        return {}
+    content = container[name]
+    if isinstance(content, nn.Module):
+        return {f"{prefix}.{key}": value for key, value in content.state_dict(keep_vars=True).items()}
+    return {prefix: content} if isinstance(content, Tensor) else {}

@@ -1,0 +1,253 @@
+"""`Site`: what a base layer is, so that a method need not know.
+
+A site shows the layer's weight as a matrix (out x in) whatever way the layer stores it, runs the layer, and runs it
+with other parameters in place of its own. A method that is a formula on that matrix works on every kind of site.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextvars import ContextVar, copy_context
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+Made = TypeVar("Made")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Below(Protocol):
+    """What an adapter stands on: the layer, and the adapters under this one."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with all adapters below folded in, out x in."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias with all adapters below folded in, of size out."""
+
+    @property
+    def base(self) -> Site:
+        """The bare layer, without any adapter."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the layer with all adapters below on the input of this call."""
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the layer on `x` with these parameters in place of its own."""
+
+
+_ON_META: ContextVar[bool] = ContextVar("on_meta", default=False)
+
+
+def make_on_meta(make: Callable[[], Made]) -> Made:
+    """Call `make`, for which sites make their new tensors on the meta device, without memory or initial values.
+
+    It runs in a copy of the context, so however it ends, nothing outside has to be put back.
+    """
+
+    def on_meta() -> Made:
+        _ON_META.set(True)
+        return make()
+
+    return copy_context().run(on_meta)
+
+
+_BOUND = frozenset({"forward", "_compiled_call_impl"})
+
+
+def twin(module: Module, **parameters: Tensor | None) -> Module:
+    """Return a shallow copy of a module that holds other parameters.
+
+    The copy shares everything else (settings, children, hooks) with the module, which is not touched: other threads may
+    run it meanwhile. It is good for one call.
+    """
+    other = object.__new__(type(module))
+    # What is bound to the original would run with its parameters: a `forward` set on the instance (by an offloader),
+    # and what `module.compile()` leaves.
+    state = {name: value for name, value in module.__dict__.items() if name not in _BOUND}
+    state["_parameters"] = {**module._parameters, **parameters}
+    other.__dict__.update(state)
+    return other
+
+
+def unfit_weight(module: nn.Module) -> str | None:
+    """Return why a layer's weight cannot be adapted, or None."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a parameter of its own (it is parametrized, or computed by a hook); remove that first"
+    if not weight.is_floating_point():
+        return f"its weight is stored as {weight.dtype}, for which no installed package teaches a site"
+    return None
+
+
+class Site:
+    """A base layer as the methods see it; the lowest thing an adapter can stand on.
+
+    Attributes:
+        kind: The kind of layer, by which a method says what it adapts.
+        module: The layer itself.
+        name: Its path in the model.
+    """
+
+    kind: ClassVar[str] = "module"
+    __slots__ = ("module", "name")
+
+    def __init__(self, module: nn.Module, name: str = "") -> None:
+        self.module = module
+        self.name = name
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer as it is."""
+        return self.module(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name or 'unnamed'}: {type(self.module).__name__})"
+
+    def at(self, module: nn.Module) -> Site:
+        """Return this site with another module in the layer's place: FSDP, quantisers and offloaders change it."""
+        other = copy.copy(self)
+        other.module = module
+        return other
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> str | None:
+        """Return why this very module cannot be adapted although its type could, or None."""
+        del module
+        return None
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the parameters."""
+        return self.module
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the parameter that is the weight."""
+        return "weight"
+
+    @property
+    def stored(self) -> Tensor:
+        """The weight as the layer stores it."""
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight, as a matrix out x in where the layer has one."""
+        return self.stored
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias, of size out, or None."""
+        return self.module._parameters.get("bias")
+
+    @property
+    def base(self) -> Site:
+        """The bare layer: this."""
+        return self
+
+    @property
+    def in_features(self) -> int:
+        """The number of columns of the weight."""
+        return self.weight.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        """The number of rows of the weight."""
+        return self.weight.shape[-2]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weight."""
+        return self.stored.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight, in which new tensors are made."""
+        return self.stored.dtype
+
+    def to_stored(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        """Return parameters in the form and dtype in which the layer stores them, by name."""
+        stored = self.stored
+        tensors: dict[str, Tensor | None] = {self.weight_name: weight.reshape(stored.shape).to(stored.dtype)}
+        if bias is not None or self.bias is not None:
+            tensors["bias"] = None if bias is None else bias.to(stored.dtype)
+        return tensors
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer on `x` with these parameters in place of its own.
+
+        Args:
+            x: The layer's input.
+            weight: A weight in the form of `self.weight`.
+            bias: A bias of size out, or None.
+            args: What else the layer's `forward` takes.
+            kwargs: The same, by name.
+        """
+        return self.with_parameters(self.to_stored(weight, bias)).module(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def with_parameters(self, tensors: Mapping[str, Tensor | None]) -> Site:
+        """Return this site with other parameters, for one call; the layer itself is not touched."""
+        return self.at(twin(self.module, **tensors))
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return a new tensor for an adapter at this site: on its device, of its dtype, not initialised."""
+        dtype = self.dtype if self.dtype.is_floating_point else torch.float32
+        return torch.empty(shape, dtype=dtype, device="meta" if _ON_META.get() else self.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Return a new tensor of zeros for an adapter at this site."""
+        return self._filled(shape, Tensor.zero_)
+
+    def ones(self, *shape: int) -> Tensor:
+        """Return a new tensor of ones for an adapter at this site."""
+        return self._filled(shape, lambda tensor: tensor.fill_(1))
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        """Return a new tensor of normally distributed numbers for an adapter at this site."""
+        return self._filled(shape, lambda tensor: tensor.normal_(std=std))
+
+    def kaiming_uniform(self, *shape: int) -> Tensor:
+        """Return a new tensor as `nn.Linear` starts its weight: uniform within 1 / sqrt(columns)."""
+        bound = 1 / math.sqrt(max(shape[-1], 1))
+        return self._filled(shape, lambda tensor: tensor.uniform_(-bound, bound))
+
+    def _filled(self, shape: tuple[int, ...], fill: Callable[[Tensor], Tensor]) -> Tensor:
+        tensor = self.empty(*shape)
+        return tensor if tensor.is_meta else fill(tensor)
+
+
+class Bound:
+    """A site together with the other arguments of one call of the layer."""
+
+    __slots__ = ("args", "base", "kwargs", "site")
+
+    def __init__(self, site: Site, base: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.site = site
+        self.base = base
+        self.args = args
+        self.kwargs = kwargs
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight."""
+        return self.site.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias."""
+        return self.site.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the layer as it is."""
+        return self.site(x, *self.args, **self.kwargs)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the layer with these parameters in place of its own."""
+        return self.site.run(x, weight, bias, *self.args, **self.kwargs)

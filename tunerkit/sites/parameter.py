@@ -1,0 +1,63 @@
+"""One parameter of a module, for weights that no layer of their own holds (the fused experts of a mixture)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from tunerkit.sites.base import Site, twin
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+
+class ParameterSite(Site):
+    """A bare parameter, in the shape in which the module holds it: a matrix, or a stack of them (experts x ... x ...).
+
+    The layer that adapts a second parameter of a module wraps the layer that adapts the first, so the module here may
+    be such a layer; the parameter is then found below it.
+    """
+
+    kind: ClassVar[str] = "parameter"
+    __slots__ = ("parameter_name",)
+
+    def __init__(self, module: nn.Module, name: str = "", parameter_name: str = "weight") -> None:
+        super().__init__(module, name)
+        self.parameter_name = parameter_name
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the parameter."""
+        return self.parameter_name
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the parameter, below the layers that adapt its other parameters."""
+        module = self.module
+        while "base_layer" in module._modules:
+            module = module._modules["base_layer"]  # type: ignore[assignment]
+        return module
+
+    @property
+    def stored(self) -> Tensor:
+        """The parameter."""
+        return self.owner._parameters[self.parameter_name]  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """None: a bare parameter has no bias."""
+        return None
+
+    def with_parameters(self, tensors: Mapping[str, Tensor | None]) -> Site:
+        """Return this site with another tensor for the parameter, also below layers that adapt the module's others."""
+        return self.at(_with_parameters(self.module, tensors))
+
+
+def _with_parameters(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
+    if "base_layer" not in module._modules:
+        return twin(module, **tensors)
+    other = twin(module)
+    below = _with_parameters(module._modules["base_layer"], tensors)  # type: ignore[arg-type]
+    other.__dict__["_modules"] = {**module._modules, "base_layer": below}
+    return other
