@@ -1,0 +1,388 @@
+"""`AdaptedModel`: does to all layers of a model at once what a layer with adapters does to its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from tunerkit import merge
+from tunerkit.adapted_layer import AdaptedLayer
+from tunerkit.errors import AdapterNameError, MergeWarning, RouteError, UnknownAdapterError
+from tunerkit.journal import Journal
+from tunerkit.layer import BaseTunerLayer, MethodMeta, tuner_layers
+from tunerkit.names import withdraw
+from tunerkit.naming import closest, listing
+from tunerkit.route import Owner, current, hold_in_backward, hold_routes, routed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from typing_extensions import Self
+
+    from tunerkit.adapter import Part
+    from tunerkit.config import PeftConfig
+
+Model = TypeVar("Model", bound="AdaptedModel")
+
+CUSTOM = {"model_type": "custom"}
+"""The config of a model that has none."""
+
+
+class AdaptedModel(nn.Module, metaclass=MethodMeta):
+    """A model into which adapters were put, and what they have once per model.
+
+    Attributes:
+        model: The base model.
+        config: The base model's own config, or a dict that says it has none.
+        peft_config: The completed configs by adapter name.
+        active_adapter: The active adapter, or several in the order in which they stand on one another.
+        disabled: Whether all adapters are switched off.
+        parts: What adapters have once per model, by adapter name.
+        owner: Stands for this model in its layers and in routes.
+    """
+
+    model: nn.Module
+    peft_config: dict[str, PeftConfig]
+    active_adapter: str | list[str]
+    disabled: bool
+    parts: dict[str, Part]
+    owner: Owner
+    _were_trainable: list[nn.Parameter]
+    _trained_parts: list[nn.Parameter]
+
+    @classmethod
+    def around(cls, model: nn.Module) -> Self:
+        """Return a tuner around a model as it is, with whatever adapters were put in before; nothing is changed."""
+        layers = [layer for _, layer in tuner_layers(model)]
+        owners = [layer._owner for layer in layers if isinstance(layer, AdaptedLayer)]
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner._modules["model"] = model
+        tuner.__dict__.update(
+            training=model.training,
+            parts={},
+            owner=owners[0] if owners else Owner(),
+            peft_config=model.__dict__.get("peft_config", {}),
+            active_adapter=layers[0].active_adapters if layers else [],
+            disabled=bool(layers) and layers[0].disable_adapters,
+            _were_trainable=[],
+            _trained_parts=[],
+        )
+        return tuner
+
+    # What is here
+
+    @property
+    def config(self) -> Any:
+        """The base model's own config as it is there, or a dict that says it has none."""
+        config = getattr(self.model, "config", None)
+        return dict(CUSTOM) if config is None else config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters, in the order in which they stand on one another."""
+        active = self.active_adapter
+        return [active] if isinstance(active, str) else list(active)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the modules that are adapted now."""
+        return [path for path, layer in tuner_layers(self.model) if _parameter_of(layer) is None]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The paths of the parameters that are adapted by themselves now."""
+        found: dict[str, list[str]] = {}
+        for path, layer in tuner_layers(self.model):
+            name = _parameter_of(layer)
+            if name is not None:
+                # The layers of one module's parameters stand on one another, the first at the bottom.
+                found.setdefault(path.replace(".base_layer", ""), []).insert(0, name)
+        return [f"{path}.{name}" for path, names in found.items() for name in names]
+
+    def layers(self) -> Iterator[BaseTunerLayer]:
+        """Go through the layers with adapters."""
+        return (layer for _, layer in tuner_layers(self.model))
+
+    @staticmethod
+    def get_model_config(model: nn.Module, default: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return a model's own config as a dict.
+
+        Args:
+            model: The model.
+            default: What a model without a config has; `{"model_type": "custom"}` if not given.
+        """
+        config = getattr(model, "config", None)
+        if config is not None and hasattr(config, "to_dict"):
+            return dict(CUSTOM, **config.to_dict())
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            return dict(CUSTOM, **dataclasses.asdict(config))
+        if isinstance(config, dict):
+            return dict(CUSTOM, **config)
+        return dict(CUSTOM if default is None else default)
+
+    def check_known(self, names: Sequence[str]) -> None:
+        """Raise `UnknownAdapterError` if the model lacks one of the adapters."""
+        for name in names:
+            if name not in self.peft_config:
+                near = closest(str(name), self.peft_config)
+                hint = f" Closest: {listing(near)}." if near else ""
+                msg = f"The model has no adapter {name!r}; it has {listing(self.peft_config)}.{hint}"
+                raise UnknownAdapterError(msg)
+
+    def _names(self, given: object) -> list[str]:
+        """Return what a caller passed as one name or several, each once and known."""
+        if not isinstance(given, (str, list, tuple, set, dict)):
+            msg = (
+                f"The adapter is given by its name, or by a list of names; it is {given!r} of type "
+                f"{type(given).__name__}. The model has {listing(self.peft_config)}."
+            )
+            raise AdapterNameError(msg)
+        names = [given] if isinstance(given, str) else list(dict.fromkeys(given))
+        self.check_known(names)
+        return names
+
+    # What is active, and what trains
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active and trainable, and freeze the others.
+
+        Several stand on one another in the order given. What is merged is taken out first, with a warning.
+
+        Args:
+            adapter_name: One name or several.
+            inference_mode: Keep the active ones frozen too.
+
+        Raises:
+            UnknownAdapterError: There is no such adapter.
+            AdapterStateError: They cannot be active together.
+        """
+        names = self._names(adapter_name)
+        if not names:
+            msg = (
+                f"set_adapter got no name; the model has {listing(self.peft_config)}. To run the base model use "
+                "disable_adapter()."
+            )
+            raise AdapterNameError(msg)
+        layers = list(self.layers())
+        self._check_together(layers, names)
+        if any(layer.merged for layer in layers):
+            msg = "Adapters were merged; they are unmerged before others become active."
+            warnings.warn(MergeWarning(msg), stacklevel=2)
+        with Journal() as journal:
+            self._note(journal, layers)
+            self.unmerge_adapter()
+            for layer in layers:
+                layer.set_adapter(names, inference_mode=inference_mode)
+            for name, part in self.parts.items():
+                self._set_part(part, trains=name in names and not inference_mode)
+            self.active_adapter = names
+
+    def _note(self, journal: Journal, layers: Sequence[BaseTunerLayer]) -> None:
+        """Note which adapters are active and which of their tensors train, before either changes."""
+        journal.note_module(self)
+        merge.note_layers(journal, layers, flags=True)
+        for part in self.parts.values():
+            journal.note_module(part)
+            journal.note_flags(part.parameters())
+
+    @staticmethod
+    def _check_together(layers: list[BaseTunerLayer], names: Sequence[str]) -> None:
+        for layer in layers if len(names) > 1 else ():
+            if isinstance(layer, AdaptedLayer):
+                layer.check_together(names)
+
+    def _set_part(self, part: Part, *, trains: bool) -> None:
+        """Say whether a part trains; while the adapters are switched off, it will when they are on again."""
+        tensors = [parameter for key, parameter in part.named_parameters() if key not in part.__dict__["_frozen"]]
+        if self.disabled:
+            others = [known for known in self._trained_parts if not any(known is tensor for tensor in tensors)]
+            self._trained_parts = [*others, *(tensors if trains else [])]
+        for tensor in tensors:
+            tensor.requires_grad_(trains and not self.disabled)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say whether adapters train, whether they are active or not; unknown names are passed over, as in PEFT."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        with Journal() as journal:
+            layers = list(self.layers())
+            self._note(journal, layers)
+            for layer in layers:
+                layer.set_requires_grad(names, requires_grad)
+            for name in names:
+                if name in self.parts:
+                    self._set_part(self.parts[name], trains=requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off: the model is the base model, bit for bit."""
+        self._enable(enabled=False)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on again that `disable_adapter_layers` switched off, as they were."""
+        self._enable(enabled=True)
+
+    def _enable(self, *, enabled: bool) -> None:
+        with Journal() as journal:
+            layers = list(self.layers())
+            self._note(journal, layers)
+            # Where one layer's base holds another's, what was merged last is taken out first.
+            for layer in layers if enabled else reversed(layers):
+                merge.note_parameters(journal, layer)
+                layer.enable_adapters(enabled)
+            if not enabled and not self.disabled:
+                self._trained_parts = [p for part in self.parts.values() for p in part.parameters() if p.requires_grad]
+            self.disabled = not enabled
+            for parameter in self._trained_parts:
+                parameter.requires_grad_(enabled)
+            if enabled:
+                self._trained_parts = []
+
+    @contextlib.contextmanager
+    def use_adapter(self, adapter_name: str | Sequence[str]) -> Iterator[None]:
+        """Within the block, calls of the model in this thread use these adapters; what is active does not change.
+
+        It holds in the backward of those calls too, also when that runs after the block; for that, the base model has a
+        forward hook while the block lasts. No names: the base model.
+
+        Raises:
+            UnknownAdapterError: There is no such adapter.
+            RouteError: Adapters are merged, or a layer written by hand would use others.
+            AdapterStateError: They cannot be active together.
+        """
+        names = tuple(self._names(adapter_name))
+        layers = list(self.layers())
+        self._check_together(layers, names)
+        merged = next((layer.merged_adapters for layer in layers if layer.merged), None)
+        if merged:
+            msg = (
+                f"{listing(merged)} is merged into the model, so calls cannot be routed. Call unmerge_adapter() first."
+            )
+            raise RouteError(msg)
+        for layer in layers:
+            self._check_routable(layer, names)
+        # A script may call the base model, which then runs without the tuner around it.
+        with hold_routes(self.model, self.owner, lambda: tuple(self.active_adapters)), routed(self.owner, names):
+            yield
+
+    def _check_routable(self, layer: BaseTunerLayer, names: Sequence[str]) -> None:
+        """Raise `RouteError` if a layer would not follow the route: one written by hand runs what is active on it."""
+        if isinstance(layer, AdaptedLayer):
+            layer.__dict__["_owner"] = self.owner  # a layer that was copied by itself brought an owner of its own
+            return
+        here = layer.available_adapters
+        runs = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in here]
+        if runs != [name for name in names if name in here]:
+            msg = (
+                f"Calls cannot be routed to {listing(names)}: a {type(layer).__name__} was put in by its method's own "
+                f"code, which does not know of routes and runs {listing(runs)}. Call set_adapter() instead."
+            )
+            raise RouteError(msg)
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base model's parameters; the originals are kept, so unmerging is exact.
+
+        Args:
+            adapter_names: Which; the active ones if not given.
+            safe_merge: Refuse, with nothing changed, if a result holds NaN or infinities.
+
+        Raises:
+            UnknownAdapterError: There is no such adapter.
+            MergeError: An adapter cannot be merged; nothing was changed.
+        """
+        merge.merge_layers(self.model, self._to_merge(adapter_names), safe=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base model's original parameters back, the same objects."""
+        merge.unmerge_layers(self.model)
+
+    def unload(self) -> nn.Module:
+        """Take all adapters out and return the base model as it was, also in what trains."""
+        with Journal():
+            self.unmerge_adapter()
+            return self._take_apart()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Fold adapters into the base model for good and return it, without any adapter layers.
+
+        Nothing of the original parameters is kept, so this needs no memory beyond one layer's.
+
+        Args:
+            progressbar: Show progress.
+            safe_merge: Refuse, with nothing changed, if a result holds NaN or infinities.
+            adapter_names: Which; the active ones if not given.
+
+        Raises:
+            UnknownAdapterError: There is no such adapter.
+            MergeError: An adapter cannot be merged; nothing was changed.
+        """
+        names = self._to_merge(adapter_names)
+        merge.merge_for_good(self.model, names, self._were_trainable, safe=safe_merge, progressbar=progressbar)
+        return self._take_apart()
+
+    def _to_merge(self, adapter_names: object) -> list[str]:
+        names: object = self.active_adapters if adapter_names is None else adapter_names
+        if isinstance(names, str):
+            msg = f"adapter_names is a list of names; it is the text {names!r}. Pass [{names!r}]."
+            raise TypeError(msg)
+        wanted: list[str] = list(names)  # type: ignore[call-overload]
+        self.check_known(wanted)
+        if not wanted:
+            warnings.warn(MergeWarning("No adapter is active, so nothing is merged."), stacklevel=3)
+        return wanted
+
+    def _take_apart(self) -> nn.Module:
+        with Journal() as journal:
+            journal.note_module(self.model)
+            journal.note_flags(self._were_trainable)
+            merge.unwrap(self.model, journal)
+            for parameter in self._were_trainable:
+                parameter.requires_grad_()
+            self.model.__dict__.pop("peft_config", None)
+            journal.note_module(self)
+            self.peft_config, self.active_adapter = {}, []
+            self.parts.clear()
+            withdraw(self, {})
+        return self.model
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether an adapter can be turned into a low-rank one on all its layers."""
+        layers = [layer for layer in self.layers() if adapter_name in layer.available_adapters]
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
+    # nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with the adapters that are active, or that this call is routed to."""
+        route = self._route()
+        names = tuple(self.active_adapters) if route is None else route
+        call: Any = self.model
+        for name in names if self.parts else ():
+            if name in self.parts:
+                call = functools.partial(self.parts[name].around, call)
+        outputs = call(*args, **kwargs)
+        hold_in_backward(outputs, self.owner, route, names)
+        return outputs
+
+    def _route(self) -> tuple[str, ...] | None:
+        """Return the adapters that a call is routed to now; switched off is a route to none."""
+        names = current(self.owner)
+        return () if names is None and self.disabled else names
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, for the model-wide parts too, which stand outside the module tree."""
+        for part in self.parts.values():
+            part.train(mode)
+        return super().train(mode)
+
+
+def _parameter_of(layer: BaseTunerLayer) -> str | None:
+    return layer.parameter_name if isinstance(layer, AdaptedLayer) else None

@@ -1,0 +1,210 @@
+"""Carrying out a plan: every adapter is made by its method and put in place, and every step is noted in the journal."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tunerkit.adapted_layer import AdaptedLayer
+from tunerkit.adapter import Adapter, Part
+from tunerkit.defaults import site_of
+from tunerkit.errors import PluginError, UnsupportedSiteError
+from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.names import EntryModule
+from tunerkit.naming import method_id
+from tunerkit.sites import make_on_meta, make_site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor, nn
+
+    from tunerkit.config import PeftConfig
+    from tunerkit.journal import Journal
+    from tunerkit.plan import Plan, Target
+    from tunerkit.route import Owner
+
+
+class Creator(Protocol):
+    """Who makes a method's adapters: the tuner whose hooks or overriding methods are asked."""
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> Any: ...
+
+
+def attach(
+    creator: Creator,
+    plan: Plan,
+    name: str,
+    owner: Owner,
+    part: Part | None,
+    journal: Journal,
+    *,
+    via_hook: bool,
+    meta: bool,
+) -> list[BaseTunerLayer]:
+    """Make an adapter at each target of a plan and put it in place; it is not active yet.
+
+    Args:
+        creator: Who makes the adapters.
+        plan: What goes where.
+        name: The adapter's name.
+        owner: Stands for the model in the layers.
+        part: What the adapter has once per model, if its method has that.
+        journal: Where every step is noted before it is taken.
+        via_hook: Whether the creator asks the method's hook, which must return what it did; an override need not.
+        meta: Make tensors on the meta device.
+
+    Returns:
+        The layers that hold the adapter now.
+    """
+    method = method_id(str(plan.config.peft_type))
+    layers: list[BaseTunerLayer] = []
+    for planned in plan.targets:
+        target = _as_it_stands(planned)
+        parent, child = target.places[0]
+        journal.note_module(parent)
+        for module in _reachable(target.module):
+            journal.note_module(module)
+        make = functools.partial(
+            creator._create_and_replace,
+            plan.config,
+            name,
+            target.module,
+            child,
+            parent,
+            target.name,
+            parameter_name=target.parameter_name,
+        )
+        made = make_on_meta(make) if meta else make()
+        if isinstance(made, Adapter):
+            layer: BaseTunerLayer = _put_in_place(made, target, name, owner, method)
+            if part is not None:
+                made.join(part)
+        else:
+            layer = _find_what_was_done(made, target, name, method, via_hook=via_hook)
+        for other_parent, other_child in target.places[1:]:
+            journal.note_module(other_parent)
+            other_parent._modules[other_child] = layer  # type: ignore[assignment]
+        layers.append(layer)
+    return layers
+
+
+def _as_it_stands(target: Target) -> Target:
+    """Return a target with what is at its place now: for a parameter, the layer that adapts another of its module."""
+    parent, child = target.places[0]
+    now = parent._modules[child]
+    return target if target.parameter_name is None or now is None else dataclasses.replace(target, module=now)
+
+
+def _reachable(module: nn.Module) -> Iterator[nn.Module]:
+    """Go through what a method may change at a target; the core's own layers keep the adapters apart from it."""
+    while isinstance(module, AdaptedLayer):
+        yield module
+        yield from (child for child in module._modules.values() if isinstance(child, EntryModule))
+        module = module.base_layer
+    yield from module.modules()
+
+
+def make_part(kind: type[Part], plan: Plan, kinds: frozenset[str], *, meta: bool) -> Part:
+    """Make what an adapter has once per model, from all the sites of its plan."""
+    method = method_id(str(plan.config.peft_type))
+    sites = [site_of(target.module, target.name, target.parameter_name, kinds, method) for target in plan.targets]
+    make = functools.partial(kind, sites, plan.config)
+    part = make_on_meta(make) if meta else make()
+    frozen = frozenset(key for key, tensor in part.named_parameters() if not tensor.requires_grad)
+    part.__dict__["_frozen"] = frozen
+    return part
+
+
+def _put_in_place(adapter: Adapter, target: Target, name: str, owner: Owner, method: str) -> AdaptedLayer:
+    parent, child = target.places[0]
+    if parent._modules.get(child) is not target.module:
+        msg = (
+            f"The plugin of {method!r} replaced the module {target.name!r} and also returned an Adapter for it, so it "
+            "would be wrapped twice. Return the new module, or leave the replacing to the core."
+        )
+        raise PluginError(msg)
+    layer = target.module
+    if not isinstance(layer, AdaptedLayer) or layer.parameter_name != target.parameter_name:
+        site = make_site(layer, target.name, target.parameter_name)
+        if site is None:
+            msg = (
+                f"The module {target.name!r} is a {type(layer).__name__}, for which there is no site, so an Adapter "
+                "cannot stand on it. Teach one with tunerkit.sites.register_site, or replace the module in "
+                "_create_and_replace."
+            )
+            raise UnsupportedSiteError(msg)
+        layer = AdaptedLayer(site, owner)
+        _place_tensors(adapter, site.device, method)
+        layer.add_adapter(name, adapter, method)
+        parent._modules[child] = layer
+        return layer
+    _place_tensors(adapter, layer.site.device, method)
+    layer.add_adapter(name, adapter, method)
+    return layer
+
+
+def _place_tensors(adapter: Adapter, device: Any, method: str) -> None:
+    """Move tensors that were made without asking the site to its device; check that all of them have declared names."""
+    for kind in (adapter._parameters, adapter._buffers, adapter._modules):
+        for entry in kind:
+            if entry not in adapter.entries:
+                msg = (
+                    f"The adapter class {type(adapter).__name__} of {method!r} holds tensors under {entry!r}, which "
+                    f"its `entries` {adapter.entries} does not name. Add it, so that checkpoints can be matched."
+                )
+                raise PluginError(msg)
+    for tensor in (*adapter.parameters(), *adapter.buffers()):
+        if tensor.device != device and not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
+
+
+def _find_what_was_done(made: object, target: Target, name: str, method: str, *, via_hook: bool) -> BaseTunerLayer:
+    parent, child = target.places[0]
+    now: object = parent._modules.get(child)
+    replaced = now is not target.module
+    if isinstance(now, BaseTunerLayer) and name in now.available_adapters:
+        if not via_hook or made is now:
+            return now
+        msg = (
+            f"The hook _create_and_replace of {method!r} replaced the module {target.name!r} and returned {made!r}. "
+            "Return the new module, so that the core knows the replacing was meant."
+        )
+        raise PluginError(msg)
+    done = f"replaced it by a {type(now).__name__} without an adapter {name!r}" if replaced else "replaced nothing"
+    msg = (
+        f"_create_and_replace of {method!r} returned {made!r} for the module {target.name!r} and {done}. It must "
+        "return an Adapter, or put a layer that is a BaseTunerLayer and holds the adapter in the module's place and "
+        "return that."
+    )
+    raise PluginError(msg)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Make an adapter's tensors float32 where they are of lower precision, so that training is stable.
+
+    Args:
+        model: The model with the adapter.
+        adapter_name: The adapter's name.
+        autocast_adapter_dtype: Whether to do it at all.
+    """
+    if autocast_adapter_dtype:
+        for _, layer in tuner_layers(model):
+            cast_up(layer.adapter_tensors(adapter_name).values())
+
+
+def cast_up(tensors: Iterable[Tensor]) -> None:
+    """Make tensors of lower precision float32, in place."""
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.element_size() < 4:  # noqa: PLR2004 - bytes of a float32
+            tensor.data = tensor.data.float()

@@ -1,0 +1,123 @@
+"""What was there before, and putting it back.
+
+A change to a model is noted before it is made. If anything goes wrong on the way, in the core or in a plugin, the notes
+are undone from the last to the first, and the model is object for object what it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tunerkit.names import EntryView
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+
+    from torch import Tensor, nn
+    from typing_extensions import Self
+
+
+class _Open(threading.local):
+    """The journal that is open in this thread; weakly, so that one which an interrupt left open is not written on."""
+
+    def __init__(self) -> None:
+        self.journal: Callable[[], Journal | None] = lambda: None
+
+
+_OPEN = _Open()
+
+
+class Journal:
+    """Notes of what was; used as a context manager it undoes everything noted if the block raises anything.
+
+    A journal that is opened within another's block writes on in the same notes, so the outer one also undoes what the
+    inner one saw through: a call that is made of such calls is all or nothing too.
+    """
+
+    def __init__(self) -> None:
+        outer = _OPEN.journal()
+        self._outer = _OPEN.journal
+        self._notes: list[tuple[Callable[..., object], tuple[Any, ...]]] = [] if outer is None else outer._notes
+        self._start = len(self._notes)
+
+    def __enter__(self) -> Self:
+        _OPEN.journal = weakref.ref(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _OPEN.journal = self._outer
+        if kind is not None:
+            self.undo()
+
+    def note(self, undo: Callable[..., object], *arguments: Any) -> None:
+        """Note a call that will undo what happens next."""
+        self._notes.append((undo, arguments))
+
+    def note_module(self, module: nn.Module) -> None:
+        """Note a module's attributes, its dicts of children, tensors and hooks, and which of its own tensors train."""
+        state = module.__dict__
+        # Views hold nothing themselves. Empty containers, as most dicts of hooks are, are noted as empty, not copied.
+        contents = {
+            name: (value, value.copy() if value else None)
+            for name, value in state.items()
+            if isinstance(value, (dict, set, list)) and not isinstance(value, EntryView)
+        }
+        flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
+        self._notes.append((_restore_module, (module, dict(state), contents, flags)))
+
+    def note_flags(self, tensors: Iterable[Tensor]) -> None:
+        """Note which tensors train."""
+        self._notes.append((_restore_flags, ([(tensor, tensor.requires_grad) for tensor in tensors],)))
+
+    def note_values(self, tensor: Tensor) -> None:
+        """Note the numbers that a tensor holds, at the cost of a copy."""
+        self._notes.append((_restore_values, (tensor, tensor.detach().clone())))
+
+    def note_training(self, modules: Iterable[nn.Module]) -> None:
+        """Note which modules are in training mode."""
+        self._notes.append((_restore_training, ([(module, module.training) for module in modules],)))
+
+    def undo(self) -> None:
+        """Put everything back, the last change first."""
+        while len(self._notes) > self._start:
+            undo, arguments = self._notes.pop()
+            undo(*arguments)
+
+
+def _restore_module(
+    module: nn.Module,
+    state: dict[str, Any],
+    contents: dict[str, tuple[Any, Any]],
+    flags: list[tuple[Tensor, bool]],
+) -> None:
+    for container, content in contents.values():
+        if len(container) or content:
+            container.clear()
+            if content:
+                (container.extend if isinstance(container, list) else container.update)(content)
+    module.__dict__.clear()
+    module.__dict__.update(state)
+    _restore_flags(flags)
+
+
+def _restore_values(tensor: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(values)
+
+
+def _restore_training(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _restore_flags(flags: list[tuple[Tensor, bool]]) -> None:
+    for tensor, trained in flags:
+        if tensor.requires_grad != trained:
+            tensor.requires_grad_(trained)

@@ -1,0 +1,206 @@
+"""Merging and taking apart: what is done to all layers of a model at once, so that it happens to all or to none."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from tunerkit.adapted_layer import AdaptedLayer
+from tunerkit.errors import MergeError, MergeWarning
+from tunerkit.folding import fold, merge_order
+from tunerkit.journal import Journal
+from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.naming import listing
+from tunerkit.targeting import places
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import nn
+
+
+def merge_layers(model: nn.Module, names: Sequence[str], *, safe: bool) -> None:
+    """Merge adapters into all layers that have them, or into none if anything goes wrong.
+
+    Args:
+        model: The base model with the layers.
+        names: The adapters.
+        safe: Refuse NaN and infinities.
+
+    Raises:
+        MergeError: An adapter cannot be merged; nothing was changed.
+    """
+    layers = [layer for _, layer in tuner_layers(model)]
+    _check(model, layers, names)
+    with Journal() as journal:
+        for layer in layers:
+            note_parameters(journal, layer)
+            layer.merge(safe_merge=safe, adapter_names=list(names))
+
+
+def unmerge_layers(model: nn.Module) -> None:
+    """Take what is merged out of all layers, or out of none if anything goes wrong."""
+    with Journal() as journal:
+        # Where one layer's base holds another's, what was merged last is taken out first.
+        for _, layer in reversed(list(tuner_layers(model))):
+            if layer.merged:
+                note_parameters(journal, layer)
+                layer.unmerge()
+
+
+def note_layers(journal: Journal, layers: Sequence[BaseTunerLayer], *, flags: bool) -> None:
+    """Note layers before what is active on them, or what of them trains, changes."""
+    for layer in layers:
+        journal.note_module(layer)  # type: ignore[arg-type]
+        if flags:
+            journal.note_flags(tensor for name in layer.available_adapters for tensor in layer.trainable_tensors(name))
+
+
+def note_parameters(journal: Journal, layer: BaseTunerLayer) -> None:
+    """Note a layer's base parameters before adapters are merged into them or taken out."""
+    journal.note_module(layer)  # type: ignore[arg-type]
+    base = layer.get_base_layer()
+    journal.note_module(base)
+    if not isinstance(layer, AdaptedLayer):
+        # A layer written by hand changes them in place.
+        for parameter in base.parameters():
+            journal.note_values(parameter)
+
+
+def merge_for_good(
+    model: nn.Module, names: Sequence[str], trainable: list[nn.Parameter], *, safe: bool, progressbar: bool
+) -> None:
+    """Merge adapters into all layers without keeping the original parameters.
+
+    Whatever can be refused is refused before the first layer is changed. If the loop is interrupted, the layers done so
+    far are merged and the others still have their adapters: the model computes what it did, and a second call does the
+    rest.
+
+    Args:
+        model: The base model with the layers.
+        names: The adapters.
+        trainable: The base model's parameters that are to train when the adapters are gone; the new ones are added, and
+            those that nothing uses any more are left out.
+        safe: Refuse NaN and infinities.
+        progressbar: Show progress.
+
+    Raises:
+        MergeError: An adapter cannot be merged; nothing was changed.
+    """
+    layers = [layer for _, layer in tuner_layers(model)]
+    _check(model, layers, names)
+    if safe:
+        for layer in layers:
+            if isinstance(layer, AdaptedLayer):
+                fold(
+                    layer.site, layer.bare_site, [layer.adapters[name] for name in merge_order(layer, names)], safe=True
+                )
+    with _progress("merging", len(layers), show=progressbar) as advance, _held_weakly(trainable) as trained:
+        for layer in layers:
+            layer.merge(safe_merge=False, adapter_names=list(names))
+            if isinstance(layer, AdaptedLayer):
+                trainable += _heirs(layer, trained)
+            advance()
+    _untie(model)
+
+
+def _heirs(layer: AdaptedLayer, trained: set[int]) -> list[nn.Parameter]:
+    """Give up a layer's original parameters; return those in their place that are to train."""
+    given_up = layer.forget_originals()
+    owner = layer.site.owner._parameters
+    return [heir for name, old in given_up.items() if id(old) in trained and (heir := owner[name]) is not None]
+
+
+@contextlib.contextmanager
+def _held_weakly(parameters: list[nn.Parameter]) -> Iterator[set[int]]:
+    """Within the block a list keeps no parameter alive; yields the ids of those that were in it."""
+    known = [(id(parameter), weakref.ref(parameter)) for parameter in parameters]
+    parameters.clear()
+    try:
+        yield {name for name, _ in known}
+    finally:
+        parameters += [parameter for _, alive in known if (parameter := alive()) is not None]
+
+
+def unwrap(model: nn.Module, journal: Journal, *, only_empty: bool = False) -> None:
+    """Put the base layers back where layers with adapters are.
+
+    Args:
+        model: The base model with the layers.
+        journal: Where each step is noted before it is taken.
+        only_empty: Only where a layer holds no adapter any more.
+    """
+    for _, module, parent, name in list(places(model)):
+        holder, child, layer = parent, name, module
+        while isinstance(layer, BaseTunerLayer):
+            base = layer.base_layer
+            if only_empty and layer.available_adapters:
+                holder, child = layer, "base_layer"
+            else:
+                journal.note_module(holder)
+                holder._modules[child] = base
+            layer = base
+
+
+def _check(model: nn.Module, layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
+    merged = {name for layer in layers for name in layer.merged_adapters}
+    again = [name for name in names if name in merged]
+    if again:
+        warnings.warn(MergeWarning(f"{listing(again)} is merged already and is not merged again."), stacklevel=4)
+    for layer in layers:
+        if isinstance(layer, AdaptedLayer):
+            merge_order(layer, names)
+    _check_not_shared(model, names)
+
+
+def _check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to merge into a module that also stands where the adapters do not apply, or where others do."""
+    holders: dict[int, dict[int, str]] = {}
+    targets: list[tuple[int, int]] = []
+    for path, module, _, _ in places(model):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        holders.setdefault(id(base), {}).setdefault(id(module), path)
+        if isinstance(module, BaseTunerLayer) and not set(names).isdisjoint(module.available_adapters):
+            targets.append((id(base), id(module)))
+    for base_id, layer_id in targets:
+        others = [path for holder, path in holders[base_id].items() if holder != layer_id]
+        if others:
+            here = holders[base_id][layer_id]
+            msg = (
+                f"The module at {here!r} also stands at {listing(others)}, where other adapters apply or none, so "
+                "merging into it would change the output there. Target all of its places with one adapter, or keep "
+                "the adapter as it is."
+            )
+            raise MergeError(msg)
+
+
+def _untie(model: nn.Module) -> None:
+    """Tell a transformers model that its embeddings are not tied any more, if merging into one made them differ."""
+    config = getattr(model, "config", None)
+    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
+    if not getattr(config, "tie_word_embeddings", False) or not all(callable(getter) for getter in getters):
+        return
+    embeddings: list[Any] = [getter() for getter in getters]  # type: ignore[misc]
+    weights = [None if module is None else getattr(module, "weight", None) for module in embeddings]
+    if all(weight is not None for weight in weights) and weights[0] is not weights[1]:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        msg = (
+            "Merging into one of two tied embeddings made them differ, so the model's config says "
+            "tie_word_embeddings=False now; save the config with the model."
+        )
+        warnings.warn(MergeWarning(msg), stacklevel=5)
+
+
+@contextlib.contextmanager
+def _progress(label: str, total: int, *, show: bool) -> Iterator[Callable[[], None]]:
+    if not show:
+        yield lambda: None
+        return
+    from rich.console import Console  # noqa: PLC0415 - imported only when a bar is asked for
+    from rich.progress import Progress  # noqa: PLC0415 - the same
+
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,136 @@
+"""Which modules a config means: PEFT's rules for names, suffixes and patterns, and "all-linear"."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import TYPE_CHECKING, Any
+
+from tunerkit.config import TaskType
+from tunerkit.layer import BaseTunerLayer
+from tunerkit.sites import site_class
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from torch import nn
+
+    from tunerkit.config import PeftConfig
+
+ALL_LINEAR = "all-linear"
+_WRAPPED = "base_model.model."
+
+
+def match_name(targets: str | Collection[str] | None, key: str) -> str | re.Match[str] | None:
+    """Return what of `targets` matches a module's path: the pattern's match, or the entry.
+
+    Text is a pattern for the whole path. Of a list, an entry is the whole path or the end of it after a dot.
+    """
+    if isinstance(targets, str):
+        return re.fullmatch(targets, key)
+    return next((ending for ending in endings(key) if ending in targets), None) if targets else None
+
+
+def endings(path: str) -> Iterator[str]:
+    """Go through a path and what is left of it after each of its dots."""
+    dot = "."
+    while dot:
+        yield path
+        _, dot, path = path.partition(".")
+
+
+def match_target(config: PeftConfig, key: str) -> str | re.Match[str] | None:
+    """Return what of a config's targets matches a module's path, or None if nothing does or it is excluded."""
+    if match_name(getattr(config, "exclude_modules", None), key):
+        return None
+    return match_name(getattr(config, "target_modules", None), key)
+
+
+def wants_all_linear(config: PeftConfig) -> bool:
+    """Return whether a config targets all linear layers."""
+    targets = getattr(config, "target_modules", None)
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
+    """Return the paths of all linear layers that can be adapted, but for the model's output layer."""
+    heads = _output_layers(model, config)
+    return {key for key, module in modules_outside_adapters(model) if is_linear(module) and bare(module) not in heads}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer that can be adapted, below adapters or not."""
+    base = bare(module)
+    kind = site_class(type(base))
+    return kind is not None and kind.kind == "linear" and kind.takes(base) is None
+
+
+def _output_layers(model: nn.Module, config: PeftConfig) -> list[Any]:
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if callable(getter) else None
+    if output is not None:
+        return [bare(output)]
+    if config.task_type == TaskType.SEQ_CLS:
+        # Transformers' classifiers call their new head one of these, and it is trained whole.
+        return [model._modules[name] for name in ("score", "classifier") if name in model._modules]
+    return []
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """Return the module itself, or the layer below all adapters where it is a layer with adapters."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Go through the modules below the model by path, not entering layers with adapters."""
+    yield from ((key, module) for key, module, _, _ in places(model))
+
+
+def places(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
+    """Go through the places of the modules below: path, module, parent and name in it.
+
+    A module that stands at several places comes once for each. Layers with adapters are not entered, other than for the
+    children that their base layer has.
+    """
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        key = f"{prefix}.{name}" if prefix else name
+        yield key, child, module, name
+        if isinstance(child, BaseTunerLayer):
+            base = child.get_base_layer()
+            if base._modules:
+                yield from places(base, key)
+        elif child._modules:
+            yield from places(child, key)
+
+
+def keys_in_state(model: nn.Module, state_dict: Collection[str], entries: Collection[str], prefix: str) -> set[str]:
+    """Return the paths of the modules for which a checkpoint's keys hold tensors of adapters.
+
+    Args:
+        model: The model.
+        state_dict: The checkpoint's keys.
+        entries: The names of the entries in which the method's adapters hold their tensors.
+        prefix: What such names start with, for methods that declare no entries.
+    """
+    known = {_uncompiled(path): path for path, _ in modules_outside_adapters(model)}
+    found: set[str] = set()
+    for key in state_dict:
+        # A model may have a `base_model.model` of its own, and then keys without PEFT's look like keys with it.
+        forms = (_uncompiled(key).removeprefix(_WRAPPED), _uncompiled(key))
+        paths = (path for form in forms for path in _holders(form, entries, prefix) if path in known)
+        found.update(known[path] for path in itertools.islice(paths, 1))
+    return found
+
+
+def _uncompiled(path: str) -> str:
+    return f"{path}.".replace("_orig_mod.", "").removesuffix(".")
+
+
+def _holders(key: str, entries: Collection[str], prefix: str) -> Iterator[str]:
+    """Go through what may be the path of the layer to which a checkpoint's key belongs, the longest first."""
+    parts = key.split(".")
+    for index in range(len(parts) - 1, 0, -1):
+        if parts[index] in entries or (prefix and parts[index].startswith(prefix)):
+            yield ".".join(parts[:index])

@@ -1,0 +1,391 @@
+"""`BaseTuner`: puts adapters into a model, and does to all layers at once what a layer does to its own."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tunerkit import merge
+from tunerkit.adapted_model import AdaptedModel
+from tunerkit.attach import attach, cast_adapter_dtype, cast_up, make_part
+from tunerkit.config import PeftConfig, check_config
+from tunerkit.errors import (
+    AdapterNameError,
+    AdapterStateError,
+    AdapterWarning,
+    ConfigError,
+    TargetWarning,
+    UnknownAdapterError,
+    UnknownMethodError,
+)
+from tunerkit.journal import Journal
+from tunerkit.layer import BaseTunerLayer, MethodMeta, tuner_layers
+from tunerkit.names import RESERVED_NAMES, expose, withdraw
+from tunerkit.naming import check_adapter_name, listing, method_id
+from tunerkit.plan import Plan, make_plan
+from tunerkit.plugins import LoadedMethod, get_method
+
+if TYPE_CHECKING:
+    import re
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from tunerkit.adapter import Adapter, Part
+    from tunerkit.plugins.method import Method
+
+
+class BaseTuner(AdaptedModel):
+    """A model with adapters.
+
+    Every tuner can hold adapters of every method. A method's own class (`LoraModel`) may override the three methods
+    that have the hooks' names, as PEFT's documentation teaches; it is asked whenever an adapter of that method is put
+    in, whichever class the tuner is of.
+
+    Args:
+        model: The base model. Its layers are replaced in place.
+        peft_config: The adapter's config, or several by adapter name, of which one is put in.
+        adapter_name: Which; with a dict that does not have it, the dict's only entry.
+        low_cpu_mem_usage: Make the adapter's tensors on the meta device, to be filled by a checkpoint.
+        state_dict: A checkpoint's tensors, to go where they say rather than where the config says.
+
+    Attributes:
+        model: The base model.
+        peft_config: The completed configs by adapter name.
+        config: The base model's own config, or a dict that says it has none.
+        targeted_module_names: The paths of the modules that are adapted.
+        targeted_parameter_names: The paths of the parameters that are adapted by themselves.
+        prefix: What the names of the method's entries start with.
+        tuner_layer_cls: The method's layer class.
+        target_module_mapping: The default target modules by the model's type.
+
+    Raises:
+        TunerkitError: The adapter cannot be put in; the model is as it was.
+    """
+
+    prefix: str = ""
+    tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+    target_module_mapping: ClassVar[Mapping[str, list[str] | str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str = "adapter",
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        config, name = _chosen(peft_config, check_adapter_name(adapter_name, RESERVED_NAMES))
+        self.__dict__.update(BaseTuner.around(model).__dict__)
+        adapted = any(True for _ in tuner_layers(model))
+        self.active_adapter: str | list[str] = name
+        # A second tuner on the same model finds the base frozen by the first.
+        self._were_trainable = [] if adapted else [p for p in model.parameters() if p.requires_grad]
+        with Journal() as journal:
+            journal.note_module(model)
+            journal.note_flags(self._were_trainable)
+            for parameter in self._were_trainable:
+                parameter.requires_grad = False
+            self.peft_config[name] = config
+            self.inject_adapter(
+                model, name, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
+            )
+
+    # The hooks, which a method's own class may override
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return self._method_of(peft_config).hook._prepare_adapter_config(  # type: ignore[no-any-return]
+            peft_config=peft_config, model_config=model_config
+        )
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> str | re.Match[str] | bool | None:
+        return self._method_of(peft_config).hook._check_target_module_exists(  # type: ignore[no-any-return]
+            peft_config=peft_config, key=key
+        )
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> Adapter | nn.Module | bool | None:
+        return self._method_of(peft_config).hook._create_and_replace(  # type: ignore[no-any-return]
+            peft_config=peft_config,
+            adapter_name=adapter_name,
+            target=target,
+            target_name=target_name,
+            parent=parent,
+            current_key=current_key,
+            parameter_name=parameter_name,
+        )
+
+    def _method_of(self, config: PeftConfig) -> LoadedMethod:
+        return get_method(str(config.peft_type))
+
+    def _face_for(self, config: PeftConfig) -> BaseTuner:
+        """Return this tuner as its config's method sees it: of that method's class, with the state of this one."""
+        if _overrides_hooks(type(self)) and self._is_mine(config):
+            return self
+        kind = self._method_of(config).method.tuner or BaseTuner
+        if issubclass(type(self), kind) and not _overrides_hooks(type(self)):
+            return self
+        face: BaseTuner = kind.__new__(kind)
+        object.__setattr__(face, "__dict__", self.__dict__)
+        return face
+
+    def _is_mine(self, config: PeftConfig) -> bool:
+        """Return whether the methods that this class overrides answer for a config."""
+        declared = _declared_method(type(self))
+        if declared is not None:
+            return declared == method_id(str(config.peft_type))
+        try:
+            kind = self._method_of(config).method.tuner
+        except UnknownMethodError:
+            return True
+        return kind is None or issubclass(type(self), kind)
+
+    # What is here
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """The ids of the methods whose adapters the model holds."""
+        return frozenset(method_id(str(config.peft_type)) for config in self.peft_config.values())
+
+    # Putting adapters in and taking them out
+
+    def plan(self, config: PeftConfig, state_dict: dict[str, Tensor] | None = None) -> Plan:
+        """Decide which modules an adapter with this config would go to; nothing is changed."""
+        face = self._face_for(config)
+        declared = _declared(face, config)
+        entries = declared.adapter.entries if declared is not None and declared.adapter is not None else ()
+        return make_plan(self.model, config, face, self.get_model_config(self.model), state_dict, entries, face.prefix)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Put the adapter into the model whose config stands under its name in `peft_config`.
+
+        Cost: one walk over the modules, whatever is attached already.
+
+        Args:
+            model: The base model.
+            adapter_name: The adapter's name.
+            autocast_adapter_dtype: Make the adapter's tensors float32 where the base is of lower precision.
+            low_cpu_mem_usage: Make the tensors on the meta device, to be filled by a checkpoint.
+            state_dict: A checkpoint's tensors, to go where they say rather than where the config says.
+
+        Raises:
+            TunerkitError: The adapter cannot be put in; the model is as it was.
+        """
+        check_adapter_name(adapter_name, RESERVED_NAMES)
+        if adapter_name not in self.peft_config:
+            msg = (
+                f"peft_config has no entry {adapter_name!r}; it has {listing(self.peft_config)}. Put the adapter's "
+                "config there first, or call add_adapter(name, config) on a PeftModel."
+            )
+            raise UnknownAdapterError(msg)
+        config = self.peft_config[adapter_name]
+        if any(adapter_name in layer.available_adapters for layer in self.layers()):
+            msg = (
+                f"The model already has an adapter {adapter_name!r} beside {listing(self.peft_config)}. Choose another "
+                "name, or take it out first with delete_adapter() or unload()."
+            )
+            raise AdapterNameError(msg)
+        plan = self.plan(config, state_dict)
+        with Journal() as journal:
+            journal.note_module(self)
+            journal.note_module(model)
+            face = self._face_for(config)
+            part = self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage)
+            layers = attach(
+                face,
+                plan,
+                adapter_name,
+                self.owner,
+                part,
+                journal,
+                via_hook=not _overrides_hooks(type(face)),
+                meta=low_cpu_mem_usage,
+            )
+            self.peft_config[adapter_name] = plan.config
+            model.__dict__["peft_config"] = self.peft_config
+            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            self._activate_new(layers, adapter_name, frozen=plan.config.inference_mode)
+            # A warning may be made an error, and then the adapter is not put in.
+            for sentence in plan.unmatched():
+                warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=2)
+
+    def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool) -> Part | None:
+        declared = _declared(face, plan.config)
+        if declared is None or declared.part is None or declared.adapter is None:
+            return None
+        part = make_part(declared.part, plan, declared.adapter.kinds, meta=meta)
+        self.parts[name] = part
+        expose(self, self.parts, name)  # type: ignore[arg-type]
+        return part
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Make an adapter's tensors float32 where they are of lower precision, those of its part too."""
+        cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype and adapter_name in self.parts:
+            cast_up(self.parts[adapter_name].state_dict(keep_vars=True).values())
+
+    def _activate_new(self, layers: list[BaseTunerLayer], name: str, *, frozen: bool) -> None:
+        """Bring a new adapter's layers to the tuner's state; unless it is active, no other adapter's flag changes."""
+        active = self.active_adapters
+        if name in active:
+            self.set_adapter(active, inference_mode=frozen)
+            return
+        if name in self.parts:
+            self._set_part(self.parts[name], trains=False)
+        for layer in layers:
+            layer.set_requires_grad(name, requires_grad=False)
+            if layer.available_adapters == [name]:
+                layer._activate(active)
+                layer.enable_adapters(not self.disabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out; layers that hold no other become the base layers they were.
+
+        If it was the only active one, the first of the others by name becomes active on all layers, with a warning.
+
+        Raises:
+            UnknownAdapterError: There is no such adapter.
+            AdapterStateError: It is merged.
+        """
+        self.check_known([adapter_name])
+        layers = list(self.layers())
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            msg = f"The adapter {adapter_name!r} is merged. Call unmerge_adapter() before deleting it."
+            raise AdapterStateError(msg)
+        rest = [name for name in self.active_adapters if name != adapter_name]
+        others = sorted(name for name in self.peft_config if name != adapter_name)
+        with Journal() as journal:
+            journal.note_module(self)
+            journal.note_module(self.model)
+            if len(rest) == len(self.active_adapters) or rest or not others:
+                merge.note_layers(journal, layers, flags=False)
+                for layer in layers:
+                    layer._activate(rest)
+                self.active_adapter = rest
+            else:
+                msg = f"The active adapter {adapter_name!r} was deleted; {others[0]!r} of {listing(others)} is now."
+                warnings.warn(AdapterWarning(msg), stacklevel=2)
+                merge.note_layers(journal, layers, flags=True)
+                self.set_adapter(others[0])
+            for layer in layers:
+                layer.delete_adapter(adapter_name)
+            merge.unwrap(self.model, journal, only_empty=True)
+            del self.peft_config[adapter_name]
+            if self.parts.pop(adapter_name, None) is not None:
+                withdraw(self, self.parts)  # type: ignore[arg-type]
+            if not self.peft_config:
+                self.model.__dict__.pop("peft_config", None)
+            if _declared_method(type(self)) not in (None, *self.methods):
+                # Python does not ask a class about an object that is of exactly that class.
+                journal.note(object.__setattr__, self, "__class__", type(self))
+                self.__class__ = BaseTuner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or name.startswith("__") or "peft_config" not in self.__dict__:
+                raise
+        return self.find_call(name, self.model)
+
+    def find_call(self, name: str, otherwise: nn.Module) -> Any:
+        """Return what an adapter's method offers under a name, or an attribute of something else if none does.
+
+        Raises:
+            AdapterStateError: Adapters of several methods offer it.
+        """
+        found = self._methods_called(name)
+        if len(found) > 1:
+            msg = f"{name!r} is offered by adapters of several methods, {listing(sorted(found))}: delete one first."
+            raise AdapterStateError(msg)
+        return next(iter(found.values())) if found else getattr(otherwise, name)
+
+    def _methods_called(self, name: str) -> dict[str, Any]:
+        """Return what the methods of the adapters that are here offer under a name, by method or adapter."""
+        found: dict[str, Any] = {}
+        for adapter, part in self.parts.items():
+            if name in part.exposes:
+                found[adapter] = getattr(part, name)
+        for config in self.peft_config.values():
+            face = self._face_for(config)
+            if hasattr(type(face), name) and not hasattr(BaseTuner, name):
+                found[str(config.peft_type)] = getattr(face, name)
+        return found
+
+
+def plan(model: nn.Module, config: PeftConfig) -> Plan:
+    """Show what attaching an adapter would do, without doing it. Printed, it is a table.
+
+    Args:
+        model: The base model, or one that has adapters.
+        config: The adapter's config.
+
+    Returns:
+        For every module whether it would be adapted and why; for every entry of the config how many modules it matches.
+
+    Raises:
+        NoMatchingPeftModuleError: Nothing is matched.
+        TargetError: The config does not say what to target, and its method has no default for this model.
+    """
+    return (find_tuner(model) or BaseTuner.around(model)).plan(check_config(config))
+
+
+def find_tuner(model: nn.Module) -> BaseTuner | None:
+    """Return the tuner that a model is or holds as its `base_model`, or None."""
+    for candidate in (model, model._modules.get("base_model")):
+        if isinstance(candidate, BaseTuner):
+            return candidate
+    return None
+
+
+def _declared_method(kind: type[BaseTuner]) -> str | None:
+    """Return the id of the method whose class a tuner's class is or comes from."""
+    return next((base._method for base in kind.__mro__ if isinstance(base, MethodMeta) and base._method), None)
+
+
+def _overrides_hooks(kind: type[BaseTuner]) -> bool:
+    return any(
+        getattr(kind, name) is not getattr(BaseTuner, name)
+        for name in ("_prepare_adapter_config", "_check_target_module_exists", "_create_and_replace")
+    )
+
+
+def _declared(face: BaseTuner, config: PeftConfig) -> Method | None:
+    try:
+        return face._method_of(config).method
+    except UnknownMethodError:
+        if _overrides_hooks(type(face)):
+            return None
+        raise
+
+
+def _chosen(peft_config: object, adapter_name: str) -> tuple[PeftConfig, str]:
+    """Return the config that is meant, and the adapter's name."""
+    if isinstance(peft_config, PeftConfig):
+        return peft_config, adapter_name
+    if not isinstance(peft_config, dict) or not all(isinstance(item, PeftConfig) for item in peft_config.values()):
+        msg = f"peft_config must be a PeftConfig or a dict of them by adapter name; it is {peft_config!r}."
+        raise ConfigError(msg)
+    if adapter_name in peft_config:
+        return peft_config[adapter_name], adapter_name
+    if adapter_name == "adapter" and len(peft_config) == 1:
+        name, config = next(iter(peft_config.items()))
+        return config, name
+    msg = f"peft_config has no entry {adapter_name!r}; it has {listing(peft_config)}. Say which with adapter_name."
+    raise ConfigError(msg)
