@@ -1,0 +1,1 @@
+"""The files of a checkpoint, and which tensors of a model they hold."""

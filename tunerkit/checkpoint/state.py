@@ -1,0 +1,193 @@
+"""Which tensors of a model belong to an adapter, and under which keys a checkpoint holds them.
+
+A key follows from what each layer owns, never from what a name looks like, so adapters and modules may be called
+anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tunerkit.adapted_layer import AdaptedLayer
+from tunerkit.adapter import Adapter
+from tunerkit.checkpoint.report import LoadReport
+from tunerkit.errors import CheckpointError
+from tunerkit.journal import Journal
+from tunerkit.layer import tuner_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from tunerkit.adapter import Part
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one layer, or the model-wide part, holds of an adapter.
+
+    Attributes:
+        path: Where it is, as in a checkpoint's keys.
+        holder: The layer, or the tuner for the model-wide part.
+        name: The adapter's name.
+        tensors: Its tensors by their key below `path`.
+        adapter: The adapter, if it is one that knows a form of its own for checkpoints.
+    """
+
+    path: str
+    holder: nn.Module
+    name: str
+    tensors: dict[str, Tensor]
+    adapter: Adapter | None = None
+
+    def key(self, local: str) -> str:
+        """Return a tensor's key in a checkpoint."""
+        return f"{self.path}.{local}" if self.path else local
+
+    def named(self, local: str) -> str:
+        """Return a tensor's name below the holder: the adapter's name stands after the entry."""
+        entry, dot, rest = local.partition(".")
+        return f"{entry}.{self.name}{dot}{rest}"
+
+    def in_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of this piece in the form of a checkpoint."""
+        return tensors if self.adapter is None else self.adapter.to_checkpoint(tensors)
+
+
+def pieces(model: nn.Module, name: str, prefix: str, parts: Mapping[str, Part], tuner: nn.Module | None) -> list[Piece]:
+    """Return what a model holds of an adapter.
+
+    Args:
+        model: The base model with the layers.
+        name: The adapter's name.
+        prefix: What stands before the layers' paths in keys.
+        parts: The model-wide parts by adapter name.
+        tuner: Where those parts are visible in the module tree.
+    """
+    found = []
+    for path, layer in tuner_layers(model):
+        tensors = layer.adapter_tensors(name)
+        if tensors:
+            adapter = layer.adapters.get(name) if isinstance(layer, AdaptedLayer) else None
+            own = adapter if adapter is not None and type(adapter).to_checkpoint is not Adapter.to_checkpoint else None
+            clean = f"{prefix}{path}.".replace("_orig_mod.", "").removesuffix(".")
+            found.append(Piece(clean, layer, name, tensors, own))  # type: ignore[arg-type]
+    if name in parts and tuner is not None:
+        found.append(Piece(prefix.partition(".")[0], tuner, name, parts[name].state_dict(keep_vars=True)))
+    return found
+
+
+def collect(
+    found: list[Piece], state_dict: Mapping[str, Tensor] | None = None, path_of: Callable[[Piece], str] | None = None
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors by their keys in a checkpoint.
+
+    Args:
+        found: What the model holds of the adapter.
+        state_dict: The model's state, gathered elsewhere, to take the values from instead of the model.
+        path_of: Where a piece is in that state.
+
+    Raises:
+        CheckpointError: The given state lacks a tensor of the adapter.
+    """
+    tensors: dict[str, Tensor] = {}
+    for piece in found:
+        own = {key: tensor.detach() for key, tensor in piece.tensors.items()}
+        if state_dict is not None and path_of is not None:
+            where = {key: f"{path_of(piece)}{piece.named(key)}" for key in own}
+            lost = [name for name in where.values() if name not in state_dict]
+            if lost:
+                msg = (
+                    f"The given state_dict lacks {lost[0]!r} of the adapter {piece.name!r}. "
+                    "Pass the state of this very model."
+                )
+                raise CheckpointError(msg)
+            own = {key: state_dict[name] for key, name in where.items()}
+        tensors.update({piece.key(local): tensor for local, tensor in piece.in_file(own).items()})
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    piece: Piece
+    local: str
+    value: Tensor
+
+
+class Loading:
+    """A checkpoint's tensors matched with an adapter's; nothing is written until `write` is called.
+
+    Attributes:
+        report: What fits and what does not.
+    """
+
+    def __init__(self, found: list[Piece], tensors: Mapping[str, Tensor]) -> None:
+        self.report = LoadReport()
+        self._assignments: list[_Assignment] = []
+        left = dict(tensors)
+        expected = {piece.key(local) for piece in found for local in piece.in_file(piece.tensors)}
+        given = {_known(key, expected): key for key in left}
+        for piece in found:
+            files = {local: piece.key(local) for local in piece.in_file(piece.tensors)}
+            values = {local: left.pop(given[key]) for local, key in files.items() if key in given}
+            self.report.missing_keys += [key for local, key in files.items() if local not in values]
+            if piece.adapter is not None:
+                # A form of its own may need all of its tensors at once.
+                values = piece.adapter.from_checkpoint(values) if len(values) == len(files) else {}
+            for local, value in values.items():
+                self._match(piece, local, value)
+        self.report.unexpected_keys += list(left)
+
+    def _match(self, piece: Piece, local: str, value: Tensor) -> None:
+        own = piece.tensors.get(local)
+        key = piece.key(local)
+        if own is None:
+            self.report.unexpected_keys.append(key)
+        elif own.shape != value.shape:
+            note = f"{key} is {tuple(value.shape)}, the adapter's {tuple(own.shape)}"
+            self.report.mismatched_keys.append(note)
+        else:
+            self.report.loaded_keys.append(key)
+            self._assignments.append(_Assignment(piece, local, value))
+
+    def write(self) -> None:
+        """Put the tensors that fit into the adapter; if anything goes wrong on the way, it keeps the values it had."""
+        with torch.no_grad(), Journal() as journal:
+            for item in self._assignments:
+                own = item.piece.tensors[item.local]
+                if own.is_meta:
+                    _replace(item, own, journal)
+                else:
+                    journal.note_values(own)
+                    own.copy_(item.value)
+
+
+def _known(key: str, expected: set[str]) -> str:
+    key = key.replace("_orig_mod.", "")
+    forms = (key, f"{PREFIX}{key}", key.removeprefix(PREFIX))
+    return next((form for form in forms if form in expected), key)
+
+
+def _replace(item: _Assignment, own: Tensor, journal: Journal) -> None:
+    parent, _, leaf = item.piece.named(item.local).rpartition(".")
+    module = item.piece.holder.get_submodule(parent)
+    device = _device_of(item.piece.holder)
+    value = item.value.to(device=device, dtype=own.dtype, copy=True)
+    if isinstance(own, nn.Parameter):
+        journal.note(module._parameters.__setitem__, leaf, own)
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=own.requires_grad)
+    else:
+        journal.note(module._buffers.__setitem__, leaf, own)
+        module._buffers[leaf] = value
+
+
+def _device_of(holder: nn.Module) -> torch.device:
+    base: Iterator[Tensor] = (
+        holder.get_base_layer().parameters() if isinstance(holder, AdaptedLayer) else holder.parameters()
+    )
+    return next((tensor.device for tensor in base if not tensor.is_meta), torch.device("cpu"))
