@@ -1,0 +1,79 @@
+"""Parameter-efficient fine-tuning in which every method is a package of its own."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from tunerkit.attach import cast_adapter_dtype
+from tunerkit.checkpoint.report import LoadReport
+from tunerkit.config import PeftConfig, PeftType, TaskType, get_peft_config
+from tunerkit.errors import NoMatchingPeftModuleError, TunerkitError, TunerkitWarning
+from tunerkit.functional import (
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+    use_adapter,
+)
+from tunerkit.layer import BaseTunerLayer
+from tunerkit.model import PeftModel, get_peft_model
+from tunerkit.plan import Plan
+from tunerkit.plugins import register
+from tunerkit.plugins.hooks import hookimpl
+from tunerkit.plugins.method import Method
+from tunerkit.tuner import BaseTuner, plan
+
+__all__ = [
+    "BaseTuner",
+    "BaseTunerLayer",
+    "LoadReport",
+    "Method",
+    "NoMatchingPeftModuleError",
+    "PeftConfig",
+    "PeftModel",
+    "PeftType",
+    "Plan",
+    "TaskType",
+    "TunerkitError",
+    "TunerkitWarning",
+    "cast_adapter_dtype",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "hookimpl",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "plan",
+    "register",
+    "set_peft_model_state_dict",
+    "use_adapter",
+]
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """Return the version, which is looked up when it is first asked for; say what to do about other names."""
+        if name == "__version__":
+            from importlib.metadata import version  # noqa: PLC0415 - slow, and seldom needed
+
+            return version("tunerkit")
+        # Of an AttributeError, `from tunerkit import Name` would keep nothing of the text.
+        imported = name[0].isupper() and sys._getframe(1).f_code.co_name == "_handle_fromlist"
+        raise (ImportError if imported else AttributeError)(_missing(name))
+
+
+def _missing(name: str) -> str:
+    from tunerkit.naming import closest, listing, module_name  # noqa: PLC0415 - for this message alone
+    from tunerkit.plugins import method_ids  # noqa: PLC0415 - the same
+
+    if name.endswith("Config"):
+        modules = ", ".join(map(module_name, method_ids())) or "none"
+        return (
+            f"tunerkit has no {name!r}. A method's config comes from its package, `from tunerkit_<method> import ...` "
+            f"(installed: {modules})."
+        )
+    near = closest(name, __all__)
+    return f"tunerkit has no {name!r}." + (f" Closest: {listing(near)}." if near else "")

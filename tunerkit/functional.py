@@ -1,0 +1,213 @@
+"""Adapters on any `nn.Module`, without a wrapper around it: PEFT's functions."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import TYPE_CHECKING, Any
+
+from tunerkit.checkpoint.files import read_tensors
+from tunerkit.checkpoint.state import PREFIX, Loading, Piece, collect, pieces
+from tunerkit.config import check_config
+from tunerkit.errors import AdapterStateError, ConfigError, TargetError, UnknownAdapterError
+from tunerkit.layer import tuner_layers
+from tunerkit.naming import listing
+from tunerkit.plugins import get_method
+from tunerkit.tuner import BaseTuner, find_tuner
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
+    from torch import Tensor, nn
+
+    from tunerkit.checkpoint.report import LoadReport
+    from tunerkit.config import PeftConfig
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into a model and return the model itself, without anything around it.
+
+    Args:
+        peft_config: The adapter's config.
+        model: The model; its layers are replaced in place.
+        adapter_name: The adapter's name.
+        low_cpu_mem_usage: Make the adapter's tensors on the meta device, to be filled by a checkpoint.
+        state_dict: A checkpoint's tensors, to go where they say rather than where the config says.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TunerkitError: The adapter cannot be put in; the model is as it was.
+    """
+    method = get_method(str(check_config(peft_config).peft_type))
+    if find_tuner(model) is not None:
+        msg = (
+            f"The model is a {type(model).__name__} already, which keeps account of its adapters. Call "
+            f"add_adapter({adapter_name!r}, config) on it."
+        )
+        raise AdapterStateError(msg)
+    if method.method.part is not None:
+        msg = (
+            f"{method.id!r} shares tensors between all its layers, which need a home beside the model. "
+            "Use get_peft_model(model, config)."
+        )
+        raise TargetError(msg)
+    kind = method.method.tuner or BaseTuner
+    kind(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+    return model
+
+
+@contextlib.contextmanager
+def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> Iterator[None]:
+    """Within the block, calls of an adapted model in this thread use these adapters; nothing on the model changes.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_name: One name or several, which stand on one another in this order; none for the base model.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        RouteError: Adapters are merged.
+    """
+    tuner = find_tuner(model)
+    if tuner is None and not any(True for _ in tuner_layers(model)):
+        msg = f"The model ({type(model).__name__}) has no adapters. Attach one with get_peft_model(model, config)."
+        raise UnknownAdapterError(msg)
+    with (tuner or BaseTuner.around(model)).use_adapter(adapter_name):
+        yield
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors under the keys that a checkpoint has.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        state_dict: The model's state, gathered elsewhere, to take the values from.
+        adapter_name: The adapter.
+        unwrap_compiled: Accepted for PEFT's sake; keys never hold the compiler's `_orig_mod`.
+        save_embedding_layers: Whether embeddings are saved beside the adapter; only "auto" and False are supported.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        CheckpointError: The given state lacks a tensor of the adapter.
+    """
+    del unwrap_compiled
+    if save_embedding_layers not in ("auto", False):
+        msg = f"save_embedding_layers={save_embedding_layers!r} is not supported by this version; leave it at 'auto'."
+        raise ConfigError(msg)
+    found = _pieces(model, adapter_name)
+    names = {id(module): name for name, module in model.named_modules()} if state_dict is not None else {}
+
+    def path_of(piece: Piece) -> str:
+        name = names[id(piece.holder)]
+        return f"{name}." if name else ""
+
+    return collect(found, state_dict, path_of)
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadReport:
+    """Put a checkpoint's tensors into an adapter of a model, and report which found their place.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        peft_model_state_dict: The checkpoint's tensors; not changed.
+        adapter_name: The adapter.
+        ignore_mismatched_sizes: Leave out tensors whose shapes differ, and report them.
+        low_cpu_mem_usage: Accepted for PEFT's sake; tensors on the meta device are always replaced.
+
+    Returns:
+        The report, with PEFT's `missing_keys` and `unexpected_keys`.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        AdapterStateError: It is merged.
+        CheckpointError: Shapes differ; nothing was changed.
+    """
+    del low_cpu_mem_usage
+    loading = loading_for(model, adapter_name, peft_model_state_dict)
+    if not ignore_mismatched_sizes:
+        loading.report.refuse_mismatched("The state dict")
+    loading.write()
+    return loading.report
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint.
+
+    Args:
+        model_id: The checkpoint's folder.
+        device: Where the tensors are to be; the CPU if not given.
+        key_mapping: Patterns and what replaces them in the keys below the base model; the first that matches counts.
+
+    Raises:
+        CheckpointError: The file is not there or cannot be read.
+    """
+    tensors = read_tensors(model_id, "cpu" if device is None else device)
+    return renamed(tensors, key_mapping)
+
+
+def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """Return tensors under other keys: the first pattern that matches changes a key's part below the base model."""
+    return {_renamed(key, key_mapping or {}): tensor for key, tensor in tensors.items()}
+
+
+def _renamed(key: str, mapping: Mapping[str, str]) -> str:
+    prefix = PREFIX if key.startswith(PREFIX) else ""
+    below = key.removeprefix(prefix)
+    for pattern, replacement in mapping.items():
+        changed, count = re.subn(pattern, replacement, below)
+        if count:
+            return f"{prefix}{changed}"
+    return key
+
+
+def _pieces(model: nn.Module, name: str) -> list[Piece]:
+    tuner = find_tuner(model)
+    if tuner is not None:
+        tuner.check_known([name])
+    found = (
+        pieces(model, name, "", {}, None) if tuner is None else pieces(tuner.model, name, PREFIX, tuner.parts, tuner)
+    )
+    if not found:
+        names = {known for _, layer in tuner_layers(model) for known in layer.available_adapters}
+        msg = f"The model has no adapter {name!r}; it has {listing(sorted(names))}."
+        raise UnknownAdapterError(msg)
+    return found
+
+
+def loading_for(model: nn.Module, name: str, tensors: Mapping[str, Any]) -> Loading:
+    """Match a checkpoint's tensors with an adapter of a model; nothing is written yet.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        AdapterStateError: It is merged, so that new values would have no effect.
+    """
+    if any(name in layer.merged_adapters for _, layer in tuner_layers(model)):
+        msg = f"The adapter {name!r} is merged, so new tensors would have no effect. Call unmerge_adapter() first."
+        raise AdapterStateError(msg)
+    return Loading(_pieces(model, name), tensors)

@@ -1,0 +1,128 @@
+"""A saved adapter: reading one and putting it into a model, and what is written beside the tensors."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunerkit.adapted_layer import AdaptedLayer
+from tunerkit.checkpoint.files import read_checkpoint
+from tunerkit.config import PeftConfig, check_config
+from tunerkit.errors import AdapterNameError, CheckpointError, ConfigError, PluginError
+from tunerkit.functional import loading_for, renamed
+from tunerkit.naming import listing
+from tunerkit.plugins import get_method
+from tunerkit.tuner import find_tuner
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from tunerkit.checkpoint.report import LoadReport
+
+FORMAT = "1"
+"""The version of what tunerkit writes into the metadata of a checkpoint's tensors."""
+
+_ACCOUNT = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version", "task_type"}
+"""The settings that say where an adapter comes from rather than what it is."""
+
+
+class SavedAdapter:
+    """A checkpoint that has been read and is to be put into a model."""
+
+    def __init__(
+        self,
+        model_id: str | os.PathLike[str],
+        subfolder: str | None,
+        config: PeftConfig | None,
+        *,
+        is_trainable: bool,
+        device: str | torch.device | None,
+        key_mapping: dict[str, str] | None,
+    ) -> None:
+        checkpoint = read_checkpoint(
+            Path(model_id, subfolder) if subfolder else model_id, "cpu" if device is None else device
+        )
+        self.config = PeftConfig.from_peft_type(**checkpoint.config) if config is None else check_config(config).copy()
+        self.config.inference_mode = not is_trainable
+        self.source = f"The checkpoint in {os.fspath(model_id)!r}"
+        self.tensors = renamed(checkpoint.tensors, key_mapping)
+
+    def put_into(self, model: nn.Module, name: str, *, strict: bool) -> LoadReport:
+        """Put the tensors into an adapter of the model."""
+        loading = loading_for(model, name, self.tensors)
+        loading.report.settle(self.source, strict=strict)
+        loading.write()
+        self._check_no_meta(model, name, loading.report)
+        return loading.report
+
+    def check_same(self, config: PeftConfig, name: str) -> None:
+        """Raise `AdapterNameError` unless the checkpoint is of an adapter with the same config."""
+        ours, theirs = config.to_dict(), self.config.to_dict()
+        differing = [
+            f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
+            for key in {**ours, **theirs}
+            if key not in _ACCOUNT and ours.get(key) != theirs.get(key)
+        ]
+        if differing:
+            msg = (
+                f"There is an adapter {name!r} already, and the config of {self.source[0].lower()}{self.source[1:]} "
+                f"differs ({'; '.join(differing[:4])}). Choose another name, or delete that adapter first."
+            )
+            raise AdapterNameError(msg)
+
+    def _check_no_meta(self, model: nn.Module, name: str, report: LoadReport) -> None:
+        tuner = find_tuner(model)
+        layers = [layer for layer in tuner.layers() if isinstance(layer, AdaptedLayer)] if tuner is not None else []
+        holders = [layer.adapters[name] for layer in layers if name in layer.available_adapters]
+        parts = [tuner.parts[name]] if tuner is not None and name in tuner.parts else []
+        for holder in (*holders, *parts):
+            for key, tensor in (*holder.named_parameters(), *holder.named_buffers()):
+                if tensor.is_meta and report.missing_keys:
+                    msg = (
+                        f"{self.source} lacks {listing(report.missing_keys, 4)}, and with low_cpu_mem_usage=True there "
+                        "are no initial values to keep. Leave low_cpu_mem_usage out."
+                    )
+                    raise CheckpointError(msg)
+                if tensor.is_meta:
+                    msg = (
+                        f"{type(holder).__name__} made {key!r} with the site's words for new tensors, and no "
+                        "checkpoint holds it. Tensors that are not saved must be made for real, on site.device."
+                    )
+                    raise PluginError(msg)
+
+
+def refuse_offload(ephemeral_gpu_offload: bool) -> None:
+    """Raise `ConfigError` if an adapter is to be made on another device than its layer's."""
+    if ephemeral_gpu_offload:
+        msg = "ephemeral_gpu_offload=True is not supported by this version; leave it out."
+        raise ConfigError(msg)
+
+
+def name_or_path(model: nn.Module) -> str | None:
+    """Return where a base model says it came from."""
+    name = model.__dict__.get("name_or_path", getattr(getattr(model, "config", None), "_name_or_path", None))
+    return name or None
+
+
+def metadata(config: PeftConfig) -> dict[str, str]:
+    """Return what tunerkit says of itself in a checkpoint, where PEFT does not look."""
+    method = get_method(str(config.peft_type))
+    return {
+        "tunerkit_format": FORMAT,
+        "tunerkit_version": importlib.metadata.version("tunerkit"),
+        "tunerkit_plugin": method.distribution or "",
+        "tunerkit_plugin_version": method.version or "",
+    }
+
+
+def config_to_save(config: PeftConfig, base: nn.Module) -> dict[str, Any]:
+    """Return what a config file is to hold: marked for inference, with the base model named, as in PEFT."""
+    values = {**config.to_dict(), "inference_mode": True}
+    if values["base_model_name_or_path"] is None:
+        values["base_model_name_or_path"] = name_or_path(base)
+    if config.task_type is None:
+        values["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    return values
