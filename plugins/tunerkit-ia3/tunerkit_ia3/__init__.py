@@ -1,0 +1,39 @@
+"""IA3 for tunerkit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunerkit import BaseTuner, BaseTunerLayer, Method, hookimpl
+from tunerkit.defaults import fill_target_modules
+from tunerkit_ia3.adapter import IA3Adapter
+from tunerkit_ia3.config import IA3Config, among
+from tunerkit_ia3.targets import DEFAULT_FEEDFORWARD, DEFAULT_TARGETS
+
+__all__ = ["DEFAULT_FEEDFORWARD", "IA3Adapter", "IA3Config", "IA3Layer", "IA3Model", "method"]
+
+
+class IA3Layer(BaseTunerLayer, method="ia3"):
+    """A layer is one exactly while it holds an IA3 adapter."""
+
+
+class IA3Model(BaseTuner, method="ia3"):
+    """A tuner is one exactly while it holds an IA3 adapter."""
+
+    prefix = "ia3_"
+    tuner_layer_cls = IA3Layer
+    target_module_mapping = DEFAULT_TARGETS
+
+
+method = Method(config=IA3Config, adapter=IA3Adapter, tuner=IA3Model)
+
+
+@hookimpl
+def _prepare_adapter_config(peft_config: IA3Config, model_config: dict[str, Any]) -> IA3Config:
+    """Fill in the targets and which of them are feed-forward layers, by the model's type."""
+    config = fill_target_modules(peft_config, model_config, DEFAULT_TARGETS, "ia3")
+    if config.feedforward_modules is None:
+        entries = DEFAULT_FEEDFORWARD.get(model_config["model_type"], ())
+        targets = config.target_modules
+        config.feedforward_modules = among(targets, entries) if isinstance(targets, set) else set(entries)
+    return config

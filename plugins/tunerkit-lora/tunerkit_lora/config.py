@@ -1,0 +1,137 @@
+"""`LoraConfig`: the settings of a LoRA adapter."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tunerkit.config import PeftConfig, setting, unbuilt
+from tunerkit.errors import ConfigError
+
+_UNBUILT_STARTS = re.compile(r"eva|olora|pissa|pissa_niter_\d+|corda|loftq|orthogonal|mica|lora_ga")
+"""The starts that PEFT has and this package has not built."""
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings that belong to one run and never to a checkpoint.
+
+    Attributes:
+        ephemeral_gpu_offload: Whether layers that live on the CPU visit the GPU while an adapter is made.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """What a LoRA adapter adapts, and how: `W + scaling * B @ A` with `A` of `r` rows and `B` of `r` columns.
+
+    All fields of PEFT's class are here, so that its files can be read. Those marked *(not built)* are refused by name
+    away from their default.
+
+    Attributes:
+        r: The rank of the update, which is the number of rows of `A`.
+        target_modules: The modules to adapt: names or their last parts, a regex that fits the whole name, or
+            `"all-linear"`. If not given, what the type of a transformers model calls for.
+        exclude_modules: Modules to leave alone though they are targeted: names or their last parts, or a regex.
+        lora_alpha: The numerator of `scaling`.
+        lora_dropout: The probability with which each element of the adapter's input is dropped while training.
+        fan_in_fan_out: Whether the weights are stored in x out. *(not built)*
+        bias: Which biases of the base are trained too. *(not built)*
+        use_rslora: Whether `scaling` is divided by the root of the rank rather than by the rank.
+        modules_to_save: Modules to train and save as a whole. *(not built)*
+        init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
+            standard deviation `1 / r`, `B` zero. `False`: both as PyTorch starts a linear layer, so that the adapter
+            changes the output at once; for tests.
+        layers_to_transform: The numbers of the layers to adapt. *(not built)*
+        layers_pattern: The name before a layer's number. *(not built)*
+        rank_pattern: Ranks of single modules. *(not built)*
+        alpha_pattern: `lora_alpha` of single modules. *(not built)*
+        megatron_config: Arguments of Megatron's parallel layers. *(not built)*
+        megatron_core: The module that holds Megatron's core. *(not built)*
+        trainable_token_indices: Rows of an embedding to train. *(not built)*
+        loftq_config: Settings of the LoftQ start. *(not built)*
+        eva_config: Settings of the EVA start. *(not built)*
+        corda_config: Settings of the CorDA start. *(not built)*
+        lora_ga_config: Settings of the LoRA-GA start. *(not built)*
+        use_dora: Whether magnitude and direction of the weight are learned apart (DoRA). *(not built)*
+        velora_config: Settings of VeLoRA's compressed activations. *(not built)*
+        alora_invocation_tokens: The tokens after which the adapter sets in (aLoRA). *(not built)*
+        use_qalora: Whether the input is pooled for a grouped quantisation (QALoRA). *(not built)*
+        qalora_group_size: The size of QALoRA's groups. *(not built)*
+        monteclora_config: Settings of MonteCLoRA's sampling. *(not built)*
+        layer_replication: Ranges of layers to repeat with shared weights. *(not built)*
+        runtime_config: Settings of this run, which are not saved. *(not built)*
+        lora_bias: Whether `B` has a bias. *(not built)*
+        target_parameters: Bare parameters to adapt, by name. *(not built)*
+        use_bdlora: Settings of block-diagonal factors (BD-LoRA). *(not built)*
+        arrow_config: Settings of Arrow's routing between adapters. *(not built)*
+        kasa_config: Settings of KaSA. *(not built)*
+        ensure_weight_tying: Whether tied layers get tied adapters. *(not built)*
+
+    Raises:
+        ConfigError: A setting has the wrong type or is out of range, or asks for something that is not built.
+    """
+
+    peft_type: str | None = "LORA"
+    r: int = setting(8, above=0)
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = setting(0.0, minimum=0, maximum=1)
+    fan_in_fan_out: bool = unbuilt(default=False)
+    bias: Literal["none", "all", "lora_only"] = unbuilt("none")
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = unbuilt(None)
+    init_lora_weights: bool | Literal["gaussian"] = True
+    layers_to_transform: list[int] | int | None = unbuilt(None)
+    layers_pattern: list[str] | str | None = unbuilt(None)
+    rank_pattern: dict[str, int] | None = unbuilt(factory=dict)
+    alpha_pattern: dict[str, float] | None = unbuilt(factory=dict)
+    megatron_config: dict[str, Any] | None = unbuilt(None)
+    megatron_core: str | None = unbuilt("megatron.core")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = unbuilt(None)
+    loftq_config: dict[str, Any] | None = unbuilt(factory=dict)
+    eva_config: dict[str, Any] | None = unbuilt(None)
+    corda_config: dict[str, Any] | None = unbuilt(None)
+    lora_ga_config: dict[str, Any] | None = unbuilt(None)
+    use_dora: bool = unbuilt(default=False)
+    velora_config: dict[str, Any] | None = unbuilt(None)
+    alora_invocation_tokens: list[int] | None = unbuilt(None)
+    use_qalora: bool = unbuilt(default=False)
+    qalora_group_size: int = unbuilt(16)
+    monteclora_config: dict[str, Any] | None = unbuilt(None)
+    layer_replication: list[tuple[int, int]] | None = unbuilt(None)
+    runtime_config: LoraRuntimeConfig = unbuilt(factory=LoraRuntimeConfig, saved=False)
+    lora_bias: bool = unbuilt(default=False)
+    target_parameters: list[str] | None = unbuilt(None)
+    use_bdlora: dict[str, Any] | None = unbuilt(None)
+    arrow_config: dict[str, Any] | None = unbuilt(None)
+    kasa_config: dict[str, Any] | None = unbuilt(None)
+    ensure_weight_tying: bool = unbuilt(default=False)
+
+    def check(self) -> None:
+        """Check every field; see `PeftConfig.check`.
+
+        Raises:
+            ConfigError: A setting has the wrong type or is out of range, or asks for something that is not built.
+        """
+        start: object = self.init_lora_weights
+        if isinstance(start, str):
+            # PEFT takes the name in any case.
+            self.init_lora_weights = start.lower()  # type: ignore[assignment]
+            if _UNBUILT_STARTS.fullmatch(start.lower()):
+                msg = (
+                    f"LoraConfig.init_lora_weights={start!r} is not supported by this version; possible are True, "
+                    "False and 'gaussian'."
+                )
+                raise ConfigError(msg)
+        super().check()
+
+    @property
+    def scaling(self) -> float:
+        """What the product `B @ A` is multiplied with."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
