@@ -1,0 +1,451 @@
+"""The conformance kit: what it refuses, what its report says, and that its checks find what they are for."""
+
+import builtins
+import importlib
+import sys
+from dataclasses import dataclass
+from types import MappingProxyType, SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from toys import bottleneck, parameters, registered, rotation, rows
+from toys.config import ToyConfig
+
+from tunerkit import Method
+from tunerkit.adapter import Adapter, linear
+from tunerkit.testing import MethodConformance
+from tunerkit.testing.bench import Bench, Snapshot, first_tensor
+from tunerkit.testing.models import SAMPLES, Recomputed
+
+pytest_plugins = ["pytester"]
+
+
+class TestWhatIsRefused:
+    def test_overridden_check(self):
+        message = r"Case overrides the check 'test_gradients'.* absent = \{'test_gradients': 'the reason'\}"
+        with pytest.raises(TypeError, match=message):
+
+            class Case(MethodConformance):
+                def test_gradients(self):
+                    pass
+
+    def test_check_overridden_by_nothing(self):
+        with pytest.raises(TypeError, match="overrides the check 'test_pickle'"):
+
+            class Case(MethodConformance):
+                test_pickle = None
+
+    def test_check_overridden_by_a_mixin(self):
+        class Mixin:
+            def test_pickle(self):
+                pass
+
+        with pytest.raises(TypeError, match="overrides the check 'test_pickle'"):
+
+            class Case(Mixin, MethodConformance):
+                pass
+
+    def test_absent_check_that_does_not_exist(self):
+        message = r"Case.absent names 'test_nothing', which is no check. The checks are \[.*'test_gradients'"
+        with pytest.raises(TypeError, match=message):
+
+            class Case(MethodConformance):
+                absent = MappingProxyType({"test_nothing": "no reason"})
+
+    @pytest.mark.parametrize("reason", ["", " ", None])
+    def test_absent_without_a_reason(self, reason):
+        with pytest.raises(TypeError, match=r"gives no reason for leaving out 'test_pickle'\. Say why"):
+
+            class Case(MethodConformance):
+                absent = MappingProxyType({"test_pickle": reason})
+
+    def test_missing_config(self, tmp_path):
+        class Case(MethodConformance):
+            pass
+
+        with pytest.raises(NotImplementedError, match=r"Case must define config\(self\)"):
+            Bench(Case(), "linear", tmp_path).base and Case().config()
+
+    def test_missing_pytest(self, monkeypatch):
+        imported = builtins.__import__
+
+        def without_pytest(name, *args):
+            if name == "pytest":
+                raise ModuleNotFoundError("No module named 'pytest'", name="pytest")
+            return imported(name, *args)
+
+        before = {name: module for name, module in sys.modules.items() if name.startswith("tunerkit.testing")}
+        for name in before:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(builtins, "__import__", without_pytest)
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'tunerkit\[testing\]'") as caught:
+            importlib.import_module("tunerkit.testing")
+        assert caught.value.name == "pytest"
+
+
+class TestReport:
+    CASE = """
+        import pytest
+        from toys import registered, rotation
+        from tunerkit.testing import MethodConformance
+
+        @pytest.fixture(autouse=True)
+        def known():
+            with registered(rotation):
+                yield
+
+        class TestRotation(MethodConformance):
+            kinds = ("linear",)
+            absent = {"test_pickle": "for the test's sake"}
+
+            def config(self):
+                return rotation.Config()
+    """
+
+    def test_ids_and_what_was_left_out(self, pytester):
+        pytester.makepyfile(self.CASE)
+        result = pytester.runpytest_inprocess("-v", "-ra", "-k", "pickle or merge_keeps", "-p", "no:cacheprovider")
+        result.assert_outcomes(passed=2, skipped=1)
+        result.stdout.fnmatch_lines_random(
+            [
+                "*::TestRotation::test_merge_keeps_the_output?linear-plain? PASSED*",
+                "*TestRotation declares test_pickle absent: for the test's sake",
+            ]
+        )
+
+    def test_failing_check_shows_how_to_mend(self, pytester):
+        spoilt = self.CASE.replace("rotation.Config()", "self.spoilt()") + (
+            "\n"
+            "            def spoilt(self):\n"
+            "                rotation.RotationAdapter.merged = lambda adapter, below: (0 * below.weight, below.bias)\n"
+            "                return rotation.Config()\n"
+        )
+        pytester.makepyfile(spoilt)
+        genuine = rotation.RotationAdapter.merged
+        try:
+            result = pytester.runpytest_inprocess("-k", "identity", "-p", "no:cacheprovider")
+        finally:
+            rotation.RotationAdapter.merged = genuine
+        result.assert_outcomes(failed=1)
+        result.stdout.fnmatch_lines(["*To mend: let one of the factors start at zero*"])
+
+
+class TestModels:
+    @pytest.mark.parametrize("kind", SAMPLES)
+    def test_every_sample_has_what_it_targets(self, kind):
+        model = SAMPLES[kind]()
+        for name, paths in SAMPLES[kind].targets.items():
+            getter = model.get_parameter if name == "target_parameters" else model.get_submodule
+            assert all(getter(path) is not None for path in paths)
+        assert model(*SAMPLES[kind].inputs()).shape[-1] == 3
+
+    def test_recomputed_model_keeps_its_config(self):
+        model = nn.Linear(2, 2)
+        model.config = {"model_type": "small"}
+        assert Recomputed(model, use_reentrant=False).config == {"model_type": "small"}
+
+    def test_own_model_with_an_output_of_its_own_kind(self, tmp_path):
+        class Case(MethodConformance):
+            def make_model(self, kind):
+                return OwnModel()
+
+            def make_inputs(self, kind):
+                return (torch.randn(4, 5),)
+
+            def config(self):
+                return rotation.Config(target_modules=["layer"])
+
+        with registered(rotation):
+            bench = Bench(Case(), "linear", tmp_path)
+            assert bench.config().target_modules == {"layer"}
+            Case().test_merge_keeps_the_output(bench, safe=True)
+
+    def test_first_tensor_of_what_models_return(self):
+        tensor = torch.zeros(2)
+        for outputs in (tensor, (tensor, 1), [[tensor]], {"logits": tensor, "more": None}):
+            assert first_tensor(outputs) is tensor
+
+    def test_kinds_are_those_that_the_adapter_declares(self):
+        class Case(MethodConformance):
+            def config(self):
+                return toy.Config()
+
+        for toy, expected in ((rotation, ["linear"]), (rows, ["embedding"]), (parameters, ["parameter"])):
+            with registered(toy):
+                assert Case()._declared_kinds() == expected
+
+
+class OwnModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return {"logits": self.layer(x), "loss": None}
+
+
+class TestSnapshot:
+    @pytest.fixture
+    def model(self):
+        return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+    def test_sees_nothing_where_nothing_changed(self, model):
+        assert Snapshot.of(model).differences(model) == []
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            (lambda m: m.append(nn.ReLU()), "module '2' is new"),
+            (lambda m: m.pop(1), "module '1' is gone"),
+            (lambda m: m.__setitem__(0, nn.Linear(2, 2)), "module '0' is another object"),
+            (lambda m: setattr(m[0], "bias", nn.Parameter(m[0].bias)), "tensor '0.bias' is another object"),
+            (lambda m: setattr(m[0], "bias", None), "tensor '0.bias' is gone"),
+            (lambda m: m[0].weight.data.add_(1), "tensor '0.weight' holds other numbers"),
+            (lambda m: m[1].running_mean.add_(1), "tensor '1.running_mean' holds other numbers"),
+            (
+                lambda m: m[0].requires_grad_(requires_grad=False),
+                "tensor '0.weight' has requires_grad=False, and had True",
+            ),
+            (lambda m: setattr(m[0], "note", 1), "attributes of '0' changed: ['note']"),
+            (lambda m: m.eval(), "attributes of '' changed: ['training']"),
+            (lambda m: m[0].register_forward_hook(print), "attributes of '0' changed: ['_forward_hooks']"),
+        ],
+    )
+    def test_says_what_changed(self, model, change, expected):
+        before = Snapshot.of(model)
+        change(model)
+        assert expected in before.differences(model)
+
+
+# What the checks find
+
+
+@dataclass
+class Config(ToyConfig):
+    peft_type: str | None = "TOY_SOUND"
+
+
+class Sound(Adapter):
+    """Adds a low-rank product and a bias, rightly; the others below each get one thing wrong."""
+
+    entries = ("toy_down", "toy_up", "toy_bias")
+
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.toy_down = linear(site.normal(config.rank, site.in_features))
+        self.toy_up = linear(site.zeros(site.out_features, config.rank))
+        self.toy_bias = nn.Parameter(site.zeros(site.out_features))
+
+    def product(self):
+        return self.toy_up.weight @ self.toy_down.weight
+
+    def merged(self, below):
+        return below.weight + self.product(), self.toy_bias + (0 if below.bias is None else below.bias)
+
+    def forward(self, x, below):
+        y = below(x)
+        addition = self.toy_up(self.toy_down(x.to(self.toy_down.weight.dtype))) + self.toy_bias
+        return y + addition.to(y.dtype)
+
+
+class StartsElsewhere(Sound):
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.toy_bias.data.add_(1)
+
+
+class ForgetsBias(Sound):
+    def merged(self, below):
+        return below.weight + self.product(), below.bias
+
+
+class ForgetsScale(Sound):
+    def merged(self, below):
+        weight, bias = super().merged(below)
+        return below.weight + 2 * (weight - below.weight), bias
+
+
+class ChangesInput(Sound):
+    def forward(self, x, below):
+        return super().forward(x.mul_(1.5), below)
+
+
+class WritesIntoWeight(Sound):
+    def merged(self, below):
+        weight = below.weight.detach()
+        return weight.add_(self.product().detach()), super().merged(below)[1]
+
+
+class Detached(Sound):
+    def forward(self, x, below):
+        return below(x) + x @ (self.toy_up.weight @ self.toy_down.weight.detach()).T + self.toy_bias
+
+
+class WrongSlope(Sound):
+    def forward(self, x, below):
+        right = super().forward(x, below)
+        return right + (2 * right - 2 * right.detach())
+
+
+class PassesBelowBy(Sound):
+    def forward(self, x, below):
+        return below.base(x) + self.toy_up(self.toy_down(x)) + self.toy_bias
+
+    def merged(self, below):
+        return below.base.weight + self.product(), self.toy_bias + (0 if below.base.bias is None else below.base.bias)
+
+
+class ClaimsToCommute(Sound):
+    commutes = True
+
+    def merged(self, below):
+        return below.weight + below.weight.norm() * self.product(), super().merged(below)[1]
+
+    forward = Adapter.forward
+
+
+class TrainsTheBase(Sound):
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        site.weight.requires_grad_(requires_grad=True)
+
+
+class LeavesSomething(Sound):
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        site.module.adapted_by = type(self).__name__
+
+
+class Shares(Sound):
+    shared: ClassVar = {}
+
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.toy_bias = self.shared.setdefault((id(site.module), site.name), self.toy_bias)
+
+
+class KeepsStateUnsaved(Sound):
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.scale = float(torch.rand(()))
+
+    def product(self):
+        return self.scale * super().product()
+
+    forward = Adapter.forward
+
+
+class HidesABuffer(Sound):
+    entries = (*Sound.entries, "toy_mask")
+
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.register_buffer("toy_mask", torch.rand(site.out_features), persistent=False)
+
+    def merged(self, below):
+        weight, bias = super().merged(below)
+        return weight, bias + self.toy_mask * self.toy_bias
+
+    forward = Adapter.forward
+
+
+class DeclaresTooMuch(Sound):
+    entries = (*Sound.entries, "toy_nothing")
+
+
+class ComputesInSingle(Sound):
+    def forward(self, x, below):
+        return super().forward(x.float(), lambda x: below(x).float()) if x.dtype == torch.float64 else below(x)
+
+
+class MixesDtypes(Sound):
+    def forward(self, x, below):
+        return below(x) + self.toy_up(self.toy_down(x)) + self.toy_bias
+
+
+class HoldsALambda(Sound):
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.act = lambda x: x
+
+
+class RemembersOneCall(Sound):
+    def forward(self, x, below):
+        self.calls = self.__dict__.get("calls", 0) + 1
+        return super().forward(x, below) * self.calls
+
+
+class DoesNothing(Sound):
+    def forward(self, x, below):
+        return below(x)
+
+
+ONE_BY_ONE = {"first": 1}
+NOT_REENTRANT = {"reentrant": False}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "check", "arguments"),
+    [
+        (StartsElsewhere, "test_identity_at_start", {}),
+        (ForgetsBias, "test_forward_agrees_with_merged", {}),
+        (ForgetsBias, "test_merge_keeps_the_output", {"safe": False}),
+        (ForgetsScale, "test_forward_agrees_with_merged", {}),
+        (ForgetsScale, "test_merge_and_unload", {}),
+        (ChangesInput, "test_forward_agrees_with_merged", {}),
+        (WritesIntoWeight, "test_unmerge_is_exact", {}),
+        (Detached, "test_gradients", {}),
+        (WrongSlope, "test_gradients", {}),
+        (PassesBelowBy, "test_two_adapters_merge", {}),
+        (PassesBelowBy, "test_two_adapters_are_active_together", {}),
+        (ClaimsToCommute, "test_two_adapters_merge_one_by_one", ONE_BY_ONE),
+        (TrainsTheBase, "test_training_changes_only_the_adapter", {}),
+        (LeavesSomething, "test_delete_restores_the_original", {}),
+        (LeavesSomething, "test_unload_restores_the_original", {}),
+        (Shares, "test_two_adapters_are_independent", {}),
+        (KeepsStateUnsaved, "test_save_and_load", {}),
+        (KeepsStateUnsaved, "test_tensors_as_a_dict", {}),
+        (HidesABuffer, "test_save_and_load", {}),
+        (DeclaresTooMuch, "test_checkpoint_holds_the_declared_entries", {}),
+        (ComputesInSingle, "test_double_precision", {}),
+        (MixesDtypes, "test_half_precision_base", {}),
+        (HoldsALambda, "test_pickle", {}),
+        (RemembersOneCall, "test_checkpointing", NOT_REENTRANT),
+        (DoesNothing, "test_save_and_load", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
+)
+def test_wrong_method_is_found(adapter, check, arguments, tmp_path):
+    assert run_check(Sound, check, arguments, tmp_path / "sound") is None
+    assert run_check(adapter, check, arguments, tmp_path / "wrong") is not None
+
+
+def run_check(adapter, check, arguments, folder):
+    """Run one check on an adapter class and return what it found, if anything."""
+
+    class Case(MethodConformance):
+        def config(self):
+            return Config()
+
+    folder.mkdir()
+    plugin = SimpleNamespace(method=Method(config=Config, adapter=adapter), Config=Config)
+    with registered(plugin):
+        try:
+            getattr(Case(), check)(Bench(Case(), "linear", folder), **arguments)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it
+            return error
+    return None
+
+
+def test_adapter_without_a_merged_form_must_say_so(tmp_path):
+    class Case(MethodConformance):
+        def config(self):
+            return bottleneck.Config()
+
+    with registered(bottleneck):
+        bench = Bench(Case(), "linear", tmp_path)
+        with pytest.raises(pytest.skip.Exception, match="no merged form: its output is not linear"):
+            Case().test_merge_keeps_the_output(bench, safe=False)
+        Case().test_merging_without_a_merged_form_is_refused(bench)

@@ -1,0 +1,113 @@
+"""`MethodConformance`: the class that an author subclasses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+
+from tunerkit.model import get_peft_model
+from tunerkit.plugins import get_method
+from tunerkit.testing.bench import Bench
+from tunerkit.testing.files import FileChecks
+from tunerkit.testing.lifecycle import LifecycleChecks
+from tunerkit.testing.maths import MathsChecks
+from tunerkit.testing.merging import MergingChecks
+from tunerkit.testing.models import SAMPLES
+from tunerkit.testing.routes import RouteChecks
+from tunerkit.testing.state import StateChecks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from tunerkit.config import PeftConfig
+    from tunerkit.model import PeftModel
+
+
+class MethodConformance(MathsChecks, MergingChecks, LifecycleChecks, FileChecks, RouteChecks, StateChecks):
+    """Every check that the core relies on, for one method.
+
+    An author subclasses it, calls the subclass `Test...`, and defines `config`. Each check is run on every kind of site
+    in `kinds`, on a small model of the kit's own. To check on another model, override `make_model` and `make_inputs`,
+    and let `config` say what to target in it.
+
+    Attributes:
+        kinds: The kinds of sites to check on; all that the adapter class declares, if this is not set.
+        tolerance: The greatest difference between two outputs that count as equal, in single precision.
+        absent: The checks that do not hold for the method, by name, with the reason; the report shows them as skipped.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    tolerance: ClassVar[float] = 1e-5
+    absent: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        """Refuse what would leave out a check without a word.
+
+        Raises:
+            TypeError: A check is overridden, or `absent` names none or gives no reason.
+        """
+        super().__init_subclass__()
+        checks = {name for name in dir(MethodConformance) if name.startswith("test_")}
+        for name in sorted(checks):
+            if getattr(cls, name) is not getattr(MethodConformance, name):
+                msg = (
+                    f"{cls.__name__} overrides the check {name!r}, so it would not be run. Give the method's own tests "
+                    "other names; to leave a check out, write absent = {" + f"{name!r}: 'the reason'" + "}."
+                )
+                raise TypeError(msg)
+        for name, reason in cls.absent.items():
+            if name not in checks:
+                msg = f"{cls.__name__}.absent names {name!r}, which is no check. The checks are {sorted(checks)}."
+                raise TypeError(msg)
+            if not str(reason or "").strip():
+                msg = f"{cls.__name__}.absent gives no reason for leaving out {name!r}. Say why it cannot hold."
+                raise TypeError(msg)
+
+    # What an author defines
+
+    def config(self) -> PeftConfig:
+        """Return a new config of the method. Without targets it gets those of the kit's model."""
+        msg = f"{type(self).__name__} must define config(self), which returns the method's config."
+        raise NotImplementedError(msg)
+
+    def make_model(self, kind: str) -> nn.Module:
+        """Return a new base model with sites of a kind."""
+        return SAMPLES[kind]()  # type: ignore[return-value]
+
+    def make_inputs(self, kind: str) -> tuple[Tensor, ...]:
+        """Return positional arguments for the model's forward."""
+        return SAMPLES[kind].inputs()
+
+    # What the kit adds
+
+    def targeted(self, config: PeftConfig, kind: str) -> PeftConfig:
+        """Return a config with the targets of the kit's model, if it has none and the model is the kit's."""
+        chosen = any(getattr(config, name, None) is not None for name in ("target_modules", "target_parameters"))
+        if not chosen and type(self).make_model is MethodConformance.make_model:
+            for name, targets in SAMPLES[kind].targets.items():
+                setattr(config, name, set(targets) if name in config._sets else list(targets))
+        return config
+
+    def attach(self, model: nn.Module, config: PeftConfig, name: str) -> PeftModel:
+        """Return the model with an adapter."""
+        return get_peft_model(model, config, name)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run each check once for each kind of site."""
+        if "kind" in metafunc.fixturenames:
+            metafunc.parametrize("kind", self.kinds or self._declared_kinds())
+
+    def _declared_kinds(self) -> list[str]:
+        adapter = get_method(str(self.config().peft_type)).method.adapter
+        return sorted(SAMPLES.keys() & (adapter.kinds if adapter is not None else {"linear"}))
+
+    @pytest.fixture
+    def bench(self, kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
+        """Return what a check works with, unless the check is declared absent."""
+        check = request.function.__name__
+        if check in self.absent:
+            pytest.skip(f"{type(self).__name__} declares {check} absent: {self.absent[check]}")
+        return Bench(self, kind, tmp_path)

@@ -1,0 +1,115 @@
+"""Checks of the maths: where it starts, that its two forms agree, and its gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tunerkit.sites import Bound
+from tunerkit.testing.bench import (
+    MOVED,
+    adapted_layers,
+    cast,
+    difference,
+    first_tensor,
+    loss_of,
+    move,
+    same_bits,
+    trained,
+)
+
+if TYPE_CHECKING:
+    from tunerkit.adapted_layer import AdaptedLayer
+    from tunerkit.model import PeftModel
+    from tunerkit.sites import Below
+    from tunerkit.testing.bench import Bench
+
+
+class MathsChecks:
+    """Checks of the maths."""
+
+    def test_identity_at_start(self, bench: Bench) -> None:
+        """A new adapter changes nothing, so that training starts from the base model.
+
+        To mend: let one of the factors start at zero, a scale at one, a rotation at the identity.
+        """
+        model = bench.start()
+        plain = bench.run(bench.base())
+        assert bench.same(bench.run(model), plain)
+        move(model, "default")
+        assert difference(bench.run(model), plain) > MOVED
+
+    def test_forward_agrees_with_merged(self, bench: Bench) -> None:
+        """The adapter's own `forward` gives what the layer gives with the parameters of `merged`, and changes no input.
+
+        To mend: compare both on paper; often a scale, a transpose or the bias is in one and not in the other. Compute
+        with `below(x)` and `below.weight`, never with the base layer, or adapters below are lost.
+        """
+        model = bench.adapted("under", "upper")
+        bench.need_merged_form(model)
+        for layer, x in self._inputs_of_layers(bench, model):
+            below: Below = Bound(layer.site, layer.bare_site, (), {})
+            adapter = layer.adapters["upper"]
+            before = x.clone()
+            with torch.no_grad():
+                own = adapter.forward(x, below)
+                weight, bias = adapter.merged(below)
+                assert own.shape == below(x).shape
+                assert weight.shape == below.weight.shape
+                assert bench.same(own, below.run(x, weight, bias))
+                assert bench.same(own, layer.site.run(x, *adapter.merged(below)))  # again, for it must change nothing
+            assert same_bits(x, before), "forward or merged changed its input in place."
+
+    def test_gradients(self, bench: Bench) -> None:
+        """Every tensor that trains gets a gradient, and it is the slope that the output really has; the inputs' too.
+
+        To mend: use the parameter itself, not its `.data`, a detached copy, or something computed once in `__init__`;
+        do nothing in place. A tensor that is not to be trained is registered with requires_grad=False.
+        """
+        model = bench.adapted().to(torch.float64)
+        inputs = [cast(value, torch.float64).clone() for value in bench.inputs]
+        leaves = {f"input {number}": value for number, value in enumerate(inputs) if value.is_floating_point()}
+        for value in leaves.values():
+            value.requires_grad_()
+        leaves.update(trained(model, "default"))
+        gradients = torch.autograd.grad(_loss(model, inputs), list(leaves.values()), allow_unused=True)
+        generator = torch.Generator().manual_seed(0)
+        for (name, tensor), gradient in zip(leaves.items(), gradients, strict=True):
+            assert gradient is not None, f"{name} got no gradient."
+            direction = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            slope = _slope(model, inputs, tensor, direction)
+            expected = float((gradient * direction).sum())
+            assert abs(slope - expected) <= 1e-5 * max(1.0, abs(slope)), f"{name}: {expected} is not the slope {slope}."
+
+    @staticmethod
+    def _inputs_of_layers(bench: Bench, model: PeftModel) -> list[tuple[AdaptedLayer, Tensor]]:
+        """Return the layers and what reaches them when the model is run."""
+        found: dict[int, tuple[AdaptedLayer, Tensor]] = {}
+
+        def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            found[id(layer)] = (layer, args[0].detach().clone())  # type: ignore[assignment]
+
+        handles = [layer.register_forward_pre_hook(note) for layer in adapted_layers(model)]
+        bench.run(model)
+        for handle in handles:
+            handle.remove()
+        assert len(found) == len(handles), "The model runs only some of its adapted layers on the given inputs."
+        return list(found.values())
+
+
+def _loss(model: nn.Module, inputs: list[Tensor]) -> Tensor:
+    return loss_of(first_tensor(model(*inputs)))
+
+
+def _slope(model: nn.Module, inputs: list[Tensor], tensor: Tensor, direction: Tensor, step: float = 1e-5) -> float:
+    """Return how much the loss rises as a tensor goes in a direction, by moving it a little both ways."""
+    with torch.no_grad():
+        start = tensor.clone()
+        tensor.copy_(start + step * direction)
+        above = float(_loss(model, inputs))
+        tensor.copy_(start - step * direction)
+        below = float(_loss(model, inputs))
+        tensor.copy_(start)
+    return (above - below) / (2 * step)

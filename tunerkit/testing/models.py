@@ -1,0 +1,128 @@
+"""The small models on which methods are checked, one for each kind of site."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Sample(Protocol):
+    """A small model that knows what to target in it, and what to feed it."""
+
+    targets: ClassVar[dict[str, list[str]]]
+
+    @staticmethod
+    def inputs() -> tuple[Tensor, ...]:
+        """Return arguments of the model's forward."""
+
+
+class Linears(nn.Module):
+    """Linear layers with and without a bias, and of unequal and equal sides."""
+
+    targets: ClassVar[dict[str, list[str]]] = {"target_modules": ["wide", "square", "narrow"]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(6, 8)
+        self.square = nn.Linear(8, 8, bias=False)
+        self.narrow = nn.Linear(8, 4)
+        self.head = nn.Linear(4, 3)
+
+    @staticmethod
+    def inputs() -> tuple[Tensor, ...]:
+        """Return a batch of five sequences of three vectors."""
+        return (torch.randn(5, 3, 6),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ... x 3 from ... x 6."""
+        x = torch.tanh(self.wide(x))
+        x = x + torch.tanh(self.square(x))
+        return self.head(torch.tanh(self.narrow(x)))  # type: ignore[no-any-return]
+
+
+class Embeddings(nn.Module):
+    """Two tables of vectors."""
+
+    targets: ClassVar[dict[str, list[str]]] = {"target_modules": ["words", "places"]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(12, 6)
+        self.places = nn.Embedding(4, 6)
+        self.head = nn.Linear(6, 3)
+
+    @staticmethod
+    def inputs() -> tuple[Tensor, ...]:
+        """Return four sequences that hold every token, and every place in each."""
+        return (torch.arange(16).reshape(4, 4) % 12,)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return batch x length x 3."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.head(torch.tanh(self.words(tokens) + self.places(places)))  # type: ignore[no-any-return]
+
+
+class Mixture(nn.Module):
+    """Experts whose matrices are stacked in bare parameters, and a router that is a bare matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Parameter(torch.randn(3, 6))
+        self.up = nn.Parameter(torch.randn(3, 6, 8) / 3)
+        self.down = nn.Parameter(torch.randn(3, 8, 6) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ... x 6 from ... x 6."""
+        shares = torch.softmax(x @ self.router.mT, dim=-1)
+        hidden = torch.tanh(torch.einsum("...i,eih->...eh", x, self.up))
+        return torch.einsum("...eh,eho,...e->...o", hidden, self.down, shares)
+
+
+class Parameters(nn.Module):
+    """A mixture of experts: three bare parameters of one module, a matrix and two stacks of matrices."""
+
+    targets: ClassVar[dict[str, list[str]]] = {
+        "target_parameters": ["experts.router", "experts.up", "experts.down"],
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Mixture()
+        self.head = nn.Linear(6, 3)
+
+    @staticmethod
+    def inputs() -> tuple[Tensor, ...]:
+        """Return a batch of five sequences of three vectors."""
+        return (torch.randn(5, 3, 6),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ... x 3 from ... x 6."""
+        return self.head(x + self.experts(x))  # type: ignore[no-any-return]
+
+
+SAMPLES: dict[str, type[Sample]] = {"linear": Linears, "embedding": Embeddings, "parameter": Parameters}
+"""The model for each kind of site."""
+
+
+class Recomputed(nn.Module):
+    """A model whose forward is run again in the backward, as gradient checkpointing does."""
+
+    def __init__(self, model: nn.Module, *, use_reentrant: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.use_reentrant = use_reentrant
+        if hasattr(model, "config"):
+            self.config = model.config
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Return what the model returns."""
+        # The re-entrant form gives no gradients unless some input of it has one, and whole numbers cannot.
+        spark = torch.zeros((), requires_grad=True)
+        return checkpoint(self._run, spark, *inputs, use_reentrant=self.use_reentrant)
+
+    def _run(self, spark: Tensor, *inputs: Tensor) -> Any:
+        del spark
+        return self.model(*inputs)
