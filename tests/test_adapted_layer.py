@@ -69,7 +69,7 @@ class Alone(Times):
 class Scaled(nn.Linear):
     """A layer that takes more than its input."""
 
-    def forward(self, input, scale=1.0, *, shift=0.0):  # noqa: A002
+    def forward(self, input, scale=1.0, *, shift=0.0):  # noqa: A002 - torch's own name
         return super().forward(input) * scale + shift
 
 
@@ -272,9 +272,9 @@ class TestForwarding:
         assert layer.weight is layer.base_layer.weight
         assert layer.bias is layer.base_layer.bias
         with pytest.raises(AttributeError, match="no attribute 'missing'"):
-            layer.missing  # noqa: B018
+            layer.missing  # noqa: B018 - reading it is what raises
         with pytest.raises(AttributeError, match="no attribute '_missing'"):
-            layer._missing  # noqa: B018
+            layer._missing  # noqa: B018 - reading it is what raises
 
     def test_the_adapters(self):
         layer = layer_on(nn.Linear(5, 4), low=LowRank, times=Times)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from toys import registered, shared
 
 import tunerkit
 from tunerkit import (
@@ -299,3 +300,20 @@ def test_signatures_are_pefts(name):
     theirs = [p for p in inspect.signature(getattr(peft, name)).parameters.values() if p.kind is not p.VAR_KEYWORD]
     mine = list(inspect.signature(getattr(tunerkit, name)).parameters.values())
     assert [(p.name, p.default) for p in mine] == [(p.name, p.default) for p in theirs]
+
+
+class TestCastAdapterDtype:
+    def test_reaches_layers_and_parts(self):
+        with registered(shared):
+            model = get_peft_model(
+                nn.Sequential(nn.Linear(4, 4)).bfloat16(),
+                shared.Config(target_modules=["0"]),
+                autocast_adapter_dtype=False,
+            )
+            adapted = [p for name, p in model.named_parameters() if "toy_" in name]
+            assert {p.dtype for p in (*adapted, *model.base_model.parts["default"].parameters())} == {torch.bfloat16}
+            tunerkit.cast_adapter_dtype(model, "default", autocast_adapter_dtype=False)
+            assert adapted[0].dtype is torch.bfloat16
+            tunerkit.cast_adapter_dtype(model, "default")
+            assert {p.dtype for p in (*adapted, *model.base_model.parts["default"].parameters())} == {torch.float32}
+            assert model.get_base_model()[0].base_layer.weight.dtype is torch.bfloat16

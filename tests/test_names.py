@@ -218,7 +218,7 @@ class TestContainers:
         assert list(layer.toy_bare) == ["full", "bare"]
         assert list(layer.toy_down) == ["full"]
         with pytest.raises(AttributeError):
-            layer.toy_down.bare  # noqa: B018
+            layer.toy_down.bare  # noqa: B018 - reading it is what raises
 
     def test_deleting_adapters(self, model):
         layer = model[0]

@@ -166,6 +166,18 @@ class TestBias:
 
 
 class TestParameters:
+    def test_a_module_at_two_places_gets_one_adapter(self):
+        base = Parameters()
+        base.again = base.experts
+        config = parameters.Config(target_parameters=["experts.router", "again.router", "experts.up", "again.up"])
+        peft_model = tunerkit.get_peft_model(base, config)
+        assert isinstance(base.experts, AdaptedLayer)
+        assert base.again is base.experts
+        assert peft_model.base_model.targeted_parameter_names == ["experts.router", "experts.up"]
+        peft_model.unload()
+        assert base.again is base.experts
+        assert type(base.experts).__name__ == "Mixture"
+
     def test_parameters_of_one_module_are_nested_layers(self):
         base = Parameters()
         config = parameters.Config(target_parameters=["experts.router", "experts.up"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from tunerkit.attach import cast_adapter_dtype
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.config import PeftConfig, PeftType, TaskType, get_peft_config
 from tunerkit.errors import NoMatchingPeftModuleError, TunerkitError, TunerkitWarning
 from tunerkit.functional import (
+    cast_adapter_dtype,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     load_peft_weights,

@@ -236,11 +236,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         site = self.site
-        merged = (
-            Merged(names=(*self.merged_adapters, *names), originals={})
-            if self._merged is None
-            else self._merged.also(names)
-        )
+        merged = (self._merged or Merged(names=(), originals={})).also(names)
         tensors = fold(site, self.bare_site, [self._adapters[name] for name in names], safe=safe_merge)
         self.__dict__["_merged"] = merged.put(site, tensors)
         self._settle()

@@ -264,13 +264,13 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             )
             raise RouteError(msg)
         for layer in layers:
-            self._check_routable(layer, names)
+            self._make_routable(layer, names)
         # A script may call the base model, which then runs without the tuner around it.
         with hold_routes(self.model, self.owner, lambda: tuple(self.active_adapters)), routed(self.owner, names):
             yield
 
-    def _check_routable(self, layer: BaseTunerLayer, names: Sequence[str]) -> None:
-        """Raise `RouteError` if a layer would not follow the route: one written by hand runs what is active on it."""
+    def _make_routable(self, layer: BaseTunerLayer, names: Sequence[str]) -> None:
+        """See to it that a layer follows the model's routes; one written by hand cannot and raises `RouteError`."""
         if isinstance(layer, AdaptedLayer):
             layer.__dict__["_owner"] = self.owner  # a layer that was copied by itself brought an owner of its own
             return
@@ -304,7 +304,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
 
     def unload(self) -> nn.Module:
         """Take all adapters out and return the base model as it was, also in what trains."""
-        with Journal():
+        with Journal():  # the two calls write their notes into this one, so that both are undone
             self.unmerge_adapter()
             return self._take_apart()
 

@@ -4,45 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, Part
 from tunerkit.defaults import site_of
 from tunerkit.errors import PluginError, UnsupportedSiteError
-from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.layer import BaseTunerLayer
 from tunerkit.names import EntryModule
 from tunerkit.naming import method_id
 from tunerkit.sites import make_on_meta, make_site
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor, nn
 
-    from tunerkit.config import PeftConfig
     from tunerkit.journal import Journal
     from tunerkit.plan import Plan, Target
     from tunerkit.route import Owner
 
 
-class Creator(Protocol):
-    """Who makes a method's adapters: the tuner whose hooks or overriding methods are asked."""
-
-    def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> Any: ...
-
-
 def attach(
-    creator: Creator,
+    create: Callable[..., object],
     plan: Plan,
     name: str,
     owner: Owner,
@@ -55,13 +39,13 @@ def attach(
     """Make an adapter at each target of a plan and put it in place; it is not active yet.
 
     Args:
-        creator: Who makes the adapters.
+        create: Makes the adapter for one target: the `_create_and_replace` of the method's tuner.
         plan: What goes where.
         name: The adapter's name.
         owner: Stands for the model in the layers.
         part: What the adapter has once per model, if its method has that.
         journal: Where every step is noted before it is taken.
-        via_hook: Whether the creator asks the method's hook, which must return what it did; an override need not.
+        via_hook: Whether `create` asks the method's hook, which must return what it did; an override need not.
         meta: Make tensors on the meta device.
 
     Returns:
@@ -76,7 +60,7 @@ def attach(
         for module in _reachable(target.module):
             journal.note_module(module)
         make = functools.partial(
-            creator._create_and_replace,
+            create,
             plan.config,
             name,
             target.module,
@@ -145,12 +129,9 @@ def _put_in_place(adapter: Adapter, target: Target, name: str, owner: Owner, met
             )
             raise UnsupportedSiteError(msg)
         layer = AdaptedLayer(site, owner)
-        _place_tensors(adapter, site.device, method)
-        layer.add_adapter(name, adapter, method)
-        parent._modules[child] = layer
-        return layer
     _place_tensors(adapter, layer.site.device, method)
     layer.add_adapter(name, adapter, method)
+    parent._modules[child] = layer
     return layer
 
 
@@ -188,19 +169,6 @@ def _find_what_was_done(made: object, target: Target, name: str, method: str, *,
         "return that."
     )
     raise PluginError(msg)
-
-
-def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Make an adapter's tensors float32 where they are of lower precision, so that training is stable.
-
-    Args:
-        model: The model with the adapter.
-        adapter_name: The adapter's name.
-        autocast_adapter_dtype: Whether to do it at all.
-    """
-    if autocast_adapter_dtype:
-        for _, layer in tuner_layers(model):
-            cast_up(layer.adapter_tensors(adapter_name).values())
 
 
 def cast_up(tensors: Iterable[Tensor]) -> None:

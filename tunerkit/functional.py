@@ -86,6 +86,18 @@ def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> Iterator
         yield
 
 
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Make an adapter's tensors float32 where they are of lower precision, so that training is stable.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_name: The adapter's name.
+        autocast_adapter_dtype: Whether to do it at all.
+    """
+    tuner = find_tuner(model) or BaseTuner.around(model)
+    tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+
 def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -140,27 +141,25 @@ def make_plan(
     if state_keys is not None:
         _refuse_target_parameters(config)
         matcher.only_in(keys_in_state(model, state_keys, entries, prefix))
-    spots: dict[int, Target] = {}
+    targets: dict[tuple[int, str | None], Target] = {}
     decisions: list[Decision] = []
-    for key, module, parent, name in places(model):
-        base = bare(module)
-        if id(base) in spots:
-            # A module that stands at several places gets one adapter, put at those of its places that are meant.
-            known = spots[id(base)]
-            if matcher.decide(key)[0] == "adapted":
-                spots[id(base)] = dataclasses.replace(known, places=(*known.places, (parent, name)))
+    modules = ((*place, None) for place in places(model))
+    for key, module, parent, name, parameter in itertools.chain(modules, _parameters(model, config)):
+        spot = id(bare(module)), parameter
+        verdict, reason = matcher.decide(key, parameter)
+        if spot in targets:
+            # What stands at several places gets one adapter, put at those of its places that are meant.
+            if verdict == "adapted":
+                known = targets[spot]
+                targets[spot] = dataclasses.replace(known, places=(*known.places, (parent, name)))
             continue
-        verdict, reason = matcher.decide(key)
-        decisions.append(Decision(key, type(base).__name__, verdict, reason))
         if verdict == "adapted":
-            spots[id(base)] = Target(key, module, ((parent, name),))
-    targets = list(spots.values())
-    for key, owner, parent, name, parameter in _parameters(model, config):
-        verdict, reason = matcher.decide_parameter(f"{key}.{parameter}")
-        if verdict == "adapted":
+            targets[spot] = Target(key, module, ((parent, name),), parameter)
+        if parameter is None:
+            decisions.append(Decision(key, type(bare(module)).__name__, verdict, reason))
+        elif verdict == "adapted":
             decisions.append(Decision(f"{key}.{parameter}", "Parameter", verdict, reason))
-            targets.append(Target(key, owner, ((parent, name),), parameter))
-    plan = Plan(config, tuple(decisions), dict(matcher.entries), dict(matcher.exclusions), tuple(targets))
+    plan = Plan(config, tuple(decisions), dict(matcher.entries), dict(matcher.exclusions), tuple(targets.values()))
     if not targets:
         raise NoMatchingPeftModuleError(_nothing_matched(model, plan, state_keys is not None))
     return plan
@@ -232,7 +231,12 @@ class _Matcher:
         self.entries.clear()
         self.exclusions.clear()
 
-    def decide(self, key: str) -> tuple[Verdict, str]:
+    def decide(self, key: str, parameter: str | None) -> tuple[Verdict, str]:
+        """Say whether a module is adapted, or one parameter of it, and why."""
+        if parameter is not None:
+            key = f"{key}.{parameter}"
+            named = match_name(self.parameters, key)
+            return ("adapted", self._count(self.entries, named, key)) if named else ("not matched", "")
         if self.only is not None:
             return ("adapted", "in the state dict") if key in self.only else ("not matched", "")
         found = self.chooser._check_target_module_exists(self.config, key)
@@ -246,10 +250,6 @@ class _Matcher:
                 self._count(self.entries, meant, key)
             return "excluded", self._count(self.exclusions, excluded, key)
         return "not matched", ""
-
-    def decide_parameter(self, key: str) -> tuple[Verdict, str]:
-        found = match_name(self.parameters, key)
-        return ("adapted", self._count(self.entries, found, key)) if found else ("not matched", "")
 
     @staticmethod
     def _count(counter: Counter[str], found: str | re.Match[str] | bool, key: str) -> str:

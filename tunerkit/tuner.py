@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunerkit import merge
 from tunerkit.adapted_model import AdaptedModel
-from tunerkit.attach import attach, cast_adapter_dtype, cast_up, make_part
+from tunerkit.attach import attach, cast_up, make_part
 from tunerkit.config import PeftConfig, check_config
 from tunerkit.errors import (
     AdapterNameError,
@@ -208,7 +208,7 @@ class BaseTuner(AdaptedModel):
             face = self._face_for(config)
             part = self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage)
             layers = attach(
-                face,
+                face._create_and_replace,
                 plan,
                 adapter_name,
                 self.owner,
@@ -236,9 +236,11 @@ class BaseTuner(AdaptedModel):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Make an adapter's tensors float32 where they are of lower precision, those of its part too."""
-        cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
-        if autocast_adapter_dtype and adapter_name in self.parts:
-            cast_up(self.parts[adapter_name].state_dict(keep_vars=True).values())
+        if autocast_adapter_dtype:
+            for layer in self.layers():
+                cast_up(layer.adapter_tensors(adapter_name).values())
+            if adapter_name in self.parts:
+                cast_up(self.parts[adapter_name].state_dict(keep_vars=True).values())
 
     def _activate_new(self, layers: list[BaseTunerLayer], name: str, *, frozen: bool) -> None:
         """Bring a new adapter's layers to the tuner's state; unless it is active, no other adapter's flag changes."""

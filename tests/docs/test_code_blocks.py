@@ -80,7 +80,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         for block in blocks_of(page):
             if block.language == "python":
                 # Blank lines put the code at its line in the page, for tracebacks.
-                exec(compile("\n" * block.line + block.code, page, "exec", dont_inherit=True), vars(module))  # noqa: S102
+                exec(compile("\n" * block.line + block.code, page, "exec", dont_inherit=True), vars(module))  # noqa: S102 - our own documentation
 
 
 def test_every_block_names_a_language_that_is_checked():

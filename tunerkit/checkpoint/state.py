@@ -130,10 +130,10 @@ class Loading:
         self.report = LoadReport()
         self._assignments: list[_Assignment] = []
         left = dict(tensors)
-        expected = {piece.key(local) for piece in found for local in piece.in_file(piece.tensors)}
+        keys = [{local: piece.key(local) for local in piece.in_file(piece.tensors)} for piece in found]
+        expected = {key for files in keys for key in files.values()}
         given = {_known(key, expected): key for key in left}
-        for piece in found:
-            files = {local: piece.key(local) for local in piece.in_file(piece.tensors)}
+        for piece, files in zip(found, keys, strict=True):
             values = {local: left.pop(given[key]) for local, key in files.items() if key in given}
             self.report.missing_keys += [key for local, key in files.items() if local not in values]
             if piece.adapter is not None:

@@ -122,7 +122,7 @@ class LoraConfig(PeftConfig):
         start: object = self.init_lora_weights
         if isinstance(start, str):
             # PEFT takes the name in any case.
-            self.init_lora_weights = start.lower()  # type: ignore[assignment]
+            self.init_lora_weights = start.lower()  # type: ignore[assignment]  # checked below
             if _UNBUILT_STARTS.fullmatch(start.lower()):
                 msg = (
                     f"LoraConfig.init_lora_weights={start!r} is not supported by this version; possible are True, "
