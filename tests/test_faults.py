@@ -287,6 +287,9 @@ class Lines:
             return call(*arguments)
         finally:
             sys.settrace(before)
+            # An interrupt on the line that ends a `with` block comes before its exit: torch.no_grad() would stay on for
+            # all tests of this process.
+            torch.set_grad_enabled(True)  # noqa: FBT003 - torch takes no keyword
 
 
 def moments(lines):
