@@ -289,7 +289,7 @@ class Lines:
             sys.settrace(before)
             # An interrupt on the line that ends a `with` block comes before its exit: torch.no_grad() would stay on for
             # all tests of this process.
-            torch.set_grad_enabled(True)  # noqa: FBT003 - torch takes no keyword
+            torch.set_grad_enabled(True)
 
 
 def moments(lines):
