@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -111,6 +112,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     # Adapters
 
     @property
+    def site_kind(self) -> str:
+        """The kind of layer that is adapted."""
+        return self._site.kind
+
+    @property
     def methods(self) -> frozenset[str]:
         """The ids of the methods whose adapters the layer holds."""
         return frozenset(adapter.__dict__["_method"] for adapter in self._adapters.values())
@@ -130,16 +136,20 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """The names of the entries that hold the adapters' tensors."""
         return tuple(name for name in self._modules if name != "base_layer")
 
-    def add_adapter(self, name: str, adapter: Adapter, method: str) -> None:
+    def add_adapter(
+        self, name: str, adapter: Adapter, method: str, layer_class: type[BaseTunerLayer] = BaseTunerLayer
+    ) -> None:
         """Take in an adapter; it is not active yet.
 
         Args:
             name: Its name, not taken on this layer.
             adapter: The adapter.
             method: The id of its method.
+            layer_class: The method's layer class, whose own calls this layer then answers too.
         """
         adapter.__dict__.update(
             _method=method,
+            _layer_class=layer_class,
             _frozen=frozenset(key for key, tensor in adapter.named_parameters() if not tensor.requires_grad),
         )
         if adapter.training != self.training:
@@ -295,7 +305,18 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if not hasattr(base, name) and any(hasattr(adapter, name) for adapter in self._adapters.values()):
             return PerAdapter(self._adapters, name)  # type: ignore[arg-type]
+        if not hasattr(base, name):
+            for adapter in self._adapters.values():
+                call = _own(adapter.__dict__["_layer_class"], name)
+                if call is not None:
+                    return call.__get__(self, type(self))
         return getattr(self.base_layer, name)
+
+
+def _own(kind: type[BaseTunerLayer], name: str) -> Any:
+    """Return what a method's layer class defines beyond `BaseTunerLayer` under a name, or None."""
+    own = itertools.takewhile(lambda base: base is not BaseTunerLayer, kind.__mro__)
+    return next((vars(base)[name] for base in own if name in vars(base)), None)
 
 
 def _split_input(

@@ -33,6 +33,7 @@ def attach(
     part: Part | None,
     journal: Journal,
     *,
+    layer_class: type[BaseTunerLayer],
     via_hook: bool,
     meta: bool,
 ) -> list[BaseTunerLayer]:
@@ -45,6 +46,7 @@ def attach(
         owner: Stands for the model in the layers.
         part: What the adapter has once per model, if its method has that.
         journal: Where every step is noted before it is taken.
+        layer_class: The method's layer class.
         via_hook: Whether `create` asks the method's hook, which must return what it did; an override need not.
         meta: Make tensors on the meta device.
 
@@ -71,7 +73,7 @@ def attach(
         )
         made = make_on_meta(make) if meta else make()
         if isinstance(made, Adapter):
-            layer: BaseTunerLayer = _put_in_place(made, target, name, owner, method)
+            layer: BaseTunerLayer = _put_in_place(made, target, name, owner, method, layer_class)
             if part is not None:
                 made.join(part)
         else:
@@ -110,7 +112,9 @@ def make_part(kind: type[Part], plan: Plan, kinds: frozenset[str], *, meta: bool
     return part
 
 
-def _put_in_place(adapter: Adapter, target: Target, name: str, owner: Owner, method: str) -> AdaptedLayer:
+def _put_in_place(
+    adapter: Adapter, target: Target, name: str, owner: Owner, method: str, layer_class: type[BaseTunerLayer]
+) -> AdaptedLayer:
     parent, child = target.places[0]
     if parent._modules.get(child) is not target.module:
         msg = (
@@ -130,7 +134,7 @@ def _put_in_place(adapter: Adapter, target: Target, name: str, owner: Owner, met
             raise UnsupportedSiteError(msg)
         layer = AdaptedLayer(site, owner)
     _place_tensors(adapter, layer.site.device, method)
-    layer.add_adapter(name, adapter, method)
+    layer.add_adapter(name, adapter, method, layer_class)
     parent._modules[child] = layer
     return layer
 

@@ -57,15 +57,15 @@ class DefaultHooks:
         parameter_name: str | None,
     ) -> Adapter:
         """Make the method's adapter for the site."""
-        if self.method.adapter is None:
+        if not self.method.adapters:
             msg = f"The plugin of {self.method_id!r} declares no adapter class and no _create_and_replace of its own."
             raise UnsupportedSiteError(msg)
         mapping = self.method.tuner.target_module_mapping if self.method.tuner is not None else {}
         chosen = getattr(peft_config, "target_modules", None)
         by_default = any(chosen == (names if isinstance(names, str) else set(names)) for names in mapping.values())
-        kinds = self.method.adapter.kinds
+        kinds = self.method.kinds
         site = site_of(target, current_key, parameter_name, kinds, self.method_id, by_default=by_default)
-        return self.method.adapter(site, peft_config)
+        return self.method.adapter_for(site.kind)(site, peft_config)
 
 
 def fill_target_modules(

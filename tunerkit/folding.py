@@ -170,7 +170,7 @@ def fold(site: Site, bare: Site, adapters: Sequence[Adapter], *, safe: bool) -> 
             below = Stacked(adapter, below)
         tensors = site.to_stored(below.weight, below.bias)
         # What the adapters leave as it is stays the object it was: an optimiser or another module may hold it.
-        for name, unchanged in ((site.weight_name, below.weight is weight), ("bias", below.bias is bias)):
+        for name, unchanged in ((site.weight_name, below.weight is weight), (site.bias_name, below.bias is bias)):
             if unchanged:
                 tensors.pop(name, None)
         for name, tensor in tensors.items():

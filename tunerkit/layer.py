@@ -22,18 +22,27 @@ if TYPE_CHECKING:
 class MethodMeta(type):
     """Makes `isinstance(thing, LoraLayer)` mean "it holds an adapter of that method now", whatever class it is of.
 
-    A class declares its method with `class LoraLayer(BaseTunerLayer, method="lora")`. Its instances, and those of the
-    class at the root of its family, say with `methods` which methods they hold.
+    A class declares its method with `class LoraLayer(BaseTunerLayer, method="lora")`, and one for layers of a kind with
+    `class Linear(LoraLayer, method="lora", kind="linear")`. Its instances, and those of the class at the root of its
+    family, say with `methods` which methods they hold, and with `site_kind` what kind of layer they adapt.
     """
 
     _method: str | None
+    _kind: str | None
 
     def __new__(
-        cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], method: str | None = None, **kwargs: Any
+        cls,
+        name: str,
+        bases: tuple[type, ...],
+        namespace: dict[str, Any],
+        method: str | None = None,
+        kind: str | None = None,
+        **kwargs: Any,
     ) -> MethodMeta:
-        """Create the class and note its method."""
+        """Create the class and note its method, and the kind of layer it stands for."""
         made = super().__new__(cls, name, bases, namespace, **kwargs)
         made._method = method
+        made._kind = kind
         return made
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> None:
@@ -45,7 +54,9 @@ class MethodMeta(type):
         if method is None:
             return type.__instancecheck__(cls, thing)
         root = next(base for base in reversed(cls.__mro__) if isinstance(base, MethodMeta))
-        return type.__instancecheck__(root, thing) and method in thing.methods  # type: ignore[attr-defined]
+        if not type.__instancecheck__(root, thing) or method not in thing.methods:  # type: ignore[attr-defined]
+            return False
+        return cls._kind is None or thing.site_kind == cls._kind  # type: ignore[attr-defined]
 
 
 class BaseTunerLayer(metaclass=MethodMeta):
@@ -72,6 +83,11 @@ class BaseTunerLayer(metaclass=MethodMeta):
     _trained_before: list[Tensor] | None = None
 
     # What is here
+
+    @property
+    def site_kind(self) -> str | None:
+        """The kind of layer that is adapted (`Site.kind`), or None for a layer written by hand."""
+        return None
 
     @property
     def methods(self) -> frozenset[str]:

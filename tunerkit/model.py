@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from tunerkit import refusals
-from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.checkpoint.writing import write_checkpoint
 from tunerkit.config import check_config
-from tunerkit.errors import AdapterNameError, UnknownAdapterError
-from tunerkit.functional import get_peft_model_state_dict
-from tunerkit.journal import Journal
-from tunerkit.names import RESERVED_NAMES
-from tunerkit.naming import check_adapter_name, listing
-from tunerkit.plugins import get_method
-from tunerkit.saved import SavedAdapter, config_to_save, metadata, name_or_path, refuse_offload
-from tunerkit.task_models import refuse_new_head
-from tunerkit.tuner import BaseTuner
+from tunerkit.saved import name_or_path
+from tunerkit.stored_model import StoredModel
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Sequence
 
-    import torch
+    from torch import nn
 
-    from tunerkit.checkpoint.report import LoadReport
     from tunerkit.config import PeftConfig
 
 
-class PeftModel(nn.Module):
+class PeftModel(StoredModel):
     """A base model with adapters, with PEFT's calls.
 
     Args:
@@ -49,39 +35,7 @@ class PeftModel(nn.Module):
         TunerkitError: The adapter cannot be put in; the model is as it was.
     """
 
-    base_model: BaseTuner
-
-    def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig,
-        adapter_name: str = "default",
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-    ) -> None:
-        super().__init__()
-        refusals.check_model(model, "PeftModel(model, peft_config)", peft_config)
-        if isinstance(model, PeftModel):
-            msg = (
-                f"The model is a PeftModel already, with the adapters {listing(model.peft_config)}. Call "
-                "add_adapter(name, config) on it, or pass model.unload() to start anew."
-            )
-            raise AdapterNameError(msg)
-        refusals.refuse_adapted(model)
-        refuse_new_head(model, check_config(peft_config))
-        kind = get_method(str(peft_config.peft_type)).method.tuner or BaseTuner
-        with Journal():
-            tuner = kind(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-            tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-            self.base_model = tuner
-            self.training = tuner.training
-
     # What is here
-
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The completed configs by adapter name."""
-        return self.base_model.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
@@ -104,10 +58,6 @@ class PeftModel(nn.Module):
         """The type of the first active adapter's method."""
         return self.active_peft_config.peft_type
 
-    def get_base_model(self) -> nn.Module:
-        """Return the base model, whose layers may be adapted."""
-        return self.base_model.model
-
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many parameters train, and how many there are."""
         counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
@@ -120,42 +70,6 @@ class PeftModel(nn.Module):
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201
 
     # Adapters
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Put in another adapter, of the same method or another; it is not active yet.
-
-        Args:
-            adapter_name: Its name.
-            peft_config: Its config.
-            low_cpu_mem_usage: Make its tensors on the meta device, to be filled by a checkpoint.
-            autocast_adapter_dtype: Make its tensors float32 where the base is of lower precision.
-
-        Raises:
-            AdapterNameError: The name is illegal or taken.
-            TunerkitError: The adapter cannot be put in; the model is as it was.
-        """
-        tuner = self.base_model
-        if check_adapter_name(adapter_name, RESERVED_NAMES) in tuner.peft_config:
-            msg = (
-                f"There is an adapter {adapter_name!r} already (of {listing(tuner.peft_config)}). Choose another name, "
-                "or take it out first with delete_adapter()."
-            )
-            raise AdapterNameError(msg)
-        with Journal() as journal:
-            journal.note_module(tuner)
-            tuner.peft_config[adapter_name] = check_config(peft_config)
-            tuner.inject_adapter(
-                tuner.model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-            )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; see `BaseTuner.delete_adapter`."""
@@ -180,169 +94,6 @@ class PeftModel(nn.Module):
             yield
         finally:
             self.base_model.enable_adapter_layers()
-
-    # Checkpoints
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Write adapters as PEFT does: `default` into the folder, every other one into a folder below it.
-
-        Args:
-            save_directory: The folder; made if it is not there.
-            safe_serialization: Only True: pickled files are not written.
-            selected_adapters: Which; all if not given.
-            save_embedding_layers: See `get_peft_model_state_dict`.
-            is_main_process: Whether this process writes, where several call this.
-            path_initial_model_for_weight_conversion: Not supported by this version.
-            state_dict: The model's state, gathered elsewhere, to take the values from.
-
-        Raises:
-            UnknownAdapterError: There is no such adapter.
-            CheckpointError: The folder or the values cannot be written; what was there is whole.
-        """
-        refusals.refuse_options(safe_serialization, path_initial_model_for_weight_conversion)
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        self.base_model.check_known(names)
-        if not names:
-            msg = "The model has no adapter to save. Attach one with add_adapter(name, config)."
-            raise UnknownAdapterError(msg)
-        folder = Path(save_directory)
-        for name in names:
-            tensors = get_peft_model_state_dict(
-                self, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
-            )
-            if is_main_process:
-                config = config_to_save(self.peft_config[name], self.get_base_model())
-                write_checkpoint(
-                    folder if name == "default" else folder / name, config, tensors, metadata(self.peft_config[name])
-                )
-
-    push_to_hub = refusals.refuse_push_to_hub
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike[str],
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: dict[str, str] | None = None,
-        *,
-        subfolder: str | None = None,
-        torch_device: str | torch.device | None = None,
-        strict: bool = True,
-    ) -> PeftModel:
-        """Attach an adapter that was saved.
-
-        Args:
-            model: The base model.
-            model_id: The checkpoint's folder.
-            adapter_name: The name the adapter gets.
-            is_trainable: Make it trainable; otherwise it is frozen and the model is set to evaluation.
-            config: A config to use instead of the checkpoint's.
-            autocast_adapter_dtype: Make its tensors float32 where the base is of lower precision.
-            ephemeral_gpu_offload: Not supported.
-            low_cpu_mem_usage: Make no initial tensors, also if not `strict`; a strict load never does.
-            key_mapping: See `load_peft_weights`.
-            subfolder: A folder below `model_id`, for adapters that were saved beside others.
-            torch_device: Where the checkpoint's tensors are read to; the CPU if not given.
-            strict: Refuse a checkpoint with missing or unexpected tensors rather than warn.
-
-        Raises:
-            CheckpointError: The checkpoint is not there, broken, or does not fit; the model is as it was.
-            TunerkitError: The adapter cannot be put in; the model is as it was.
-        """
-        if isinstance(model, PeftModel):
-            msg = "The model is a PeftModel already. Call load_adapter(model_id, adapter_name) on it."
-            raise AdapterNameError(msg)
-        refusals.check_model(model, "PeftModel.from_pretrained(model, model_id)", model_id)
-        saved = SavedAdapter(
-            model_id, subfolder, config, is_trainable=is_trainable, device=torch_device, key_mapping=key_mapping
-        )
-        refuse_offload(ephemeral_gpu_offload)
-        with Journal() as journal:
-            # What is not strict may leave tensors with the values they start with, so these must be real.
-            meta = strict or low_cpu_mem_usage
-            loaded = cls(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=meta)
-            saved.put_into(loaded, adapter_name, strict=strict)
-            if not is_trainable:
-                loaded._evaluate(journal)
-        return loaded
-
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | torch.device | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: dict[str, str] | None = None,
-        *,
-        subfolder: str | None = None,
-        config: PeftConfig | None = None,
-        strict: bool = True,
-    ) -> LoadReport:
-        """Add an adapter that was saved, of any method; it is not active yet.
-
-        If the name is taken, only the tensors are loaded, into the adapter that has it.
-
-        Args:
-            model_id: The checkpoint's folder.
-            adapter_name: The name the adapter gets.
-            is_trainable: Let it train when it is made active; otherwise the model is set to evaluation.
-            torch_device: Where the checkpoint's tensors are read to; the CPU if not given.
-            autocast_adapter_dtype: Make its tensors float32 where the base is of lower precision.
-            ephemeral_gpu_offload: Not supported.
-            low_cpu_mem_usage: Make no initial tensors, also if not `strict`; a strict load never does.
-            key_mapping: See `load_peft_weights`.
-            subfolder: A folder below `model_id`, for adapters that were saved beside others.
-            config: A config to use instead of the checkpoint's.
-            strict: Refuse a checkpoint with missing or unexpected tensors rather than warn.
-
-        Returns:
-            Which tensors found their place.
-
-        Raises:
-            CheckpointError: The checkpoint is not there, broken, or does not fit; the model is as it was.
-            TunerkitError: The adapter cannot be put in; the model is as it was.
-        """
-        refuse_offload(ephemeral_gpu_offload)
-        saved = SavedAdapter(
-            model_id, subfolder, config, is_trainable=is_trainable, device=torch_device, key_mapping=key_mapping
-        )
-        with Journal() as journal:
-            if check_adapter_name(adapter_name, RESERVED_NAMES) not in self.peft_config:
-                meta = strict or low_cpu_mem_usage
-                self.add_adapter(
-                    adapter_name, saved.config, low_cpu_mem_usage=meta, autocast_adapter_dtype=autocast_adapter_dtype
-                )
-            else:
-                saved.check_same(self.peft_config[adapter_name], adapter_name)
-            report = saved.put_into(self, adapter_name, strict=strict)
-            if not is_trainable:
-                self._evaluate(journal)
-        return report
-
-    def _evaluate(self, journal: Journal) -> None:
-        """Set the model to evaluation, noting first which of its modules and adapters were in training mode."""
-        adapters = (layer.adapters for layer in self.base_model.layers() if isinstance(layer, AdaptedLayer))
-        parts = self.base_model.parts.values()
-        journal.note_training([*self.modules(), *parts, *(one for held in adapters for one in held.values())])
-        self.eval()
 
     # Calls
 

@@ -18,24 +18,23 @@ from tunerkit.errors import (
     UnknownAdapterError,
     UnknownMethodError,
 )
+from tunerkit.hook_calls import HookCalls, declared_method, overrides_hooks
 from tunerkit.journal import Journal
-from tunerkit.layer import BaseTunerLayer, MethodMeta, tuner_layers
+from tunerkit.layer import BaseTunerLayer, tuner_layers
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
 from tunerkit.plan import Plan, make_plan
-from tunerkit.plugins import LoadedMethod, get_method
 
 if TYPE_CHECKING:
-    import re
     from collections.abc import Mapping
 
     from torch import Tensor, nn
 
-    from tunerkit.adapter import Adapter, Part
+    from tunerkit.adapter import Part
     from tunerkit.plugins.method import Method
 
 
-class BaseTuner(AdaptedModel):
+class BaseTuner(HookCalls, AdaptedModel):
     """A model with adapters.
 
     Every tuner can hold adapters of every method. A method's own class (`LoraModel`) may override the three methods
@@ -92,47 +91,14 @@ class BaseTuner(AdaptedModel):
                 model, name, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
             )
 
-    # The hooks, which a method's own class may override
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        return self._method_of(peft_config).hook._prepare_adapter_config(  # type: ignore[no-any-return]
-            peft_config=peft_config, model_config=model_config
-        )
-
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> str | re.Match[str] | bool | None:
-        return self._method_of(peft_config).hook._check_target_module_exists(  # type: ignore[no-any-return]
-            peft_config=peft_config, key=key
-        )
-
-    def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> Adapter | nn.Module | bool | None:
-        return self._method_of(peft_config).hook._create_and_replace(  # type: ignore[no-any-return]
-            peft_config=peft_config,
-            adapter_name=adapter_name,
-            target=target,
-            target_name=target_name,
-            parent=parent,
-            current_key=current_key,
-            parameter_name=parameter_name,
-        )
-
-    def _method_of(self, config: PeftConfig) -> LoadedMethod:
-        return get_method(str(config.peft_type))
+    # Which class answers for a method
 
     def _face_for(self, config: PeftConfig) -> BaseTuner:
         """Return this tuner as its config's method sees it: of that method's class, with the state of this one."""
-        if _overrides_hooks(type(self)) and self._is_mine(config):
+        if overrides_hooks(type(self)) and self._is_mine(config):
             return self
         kind = self._method_of(config).method.tuner or BaseTuner
-        if issubclass(type(self), kind) and not _overrides_hooks(type(self)):
+        if issubclass(type(self), kind) and not overrides_hooks(type(self)):
             return self
         face: BaseTuner = kind.__new__(kind)
         object.__setattr__(face, "__dict__", self.__dict__)
@@ -140,7 +106,7 @@ class BaseTuner(AdaptedModel):
 
     def _is_mine(self, config: PeftConfig) -> bool:
         """Return whether the methods that this class overrides answer for a config."""
-        declared = _declared_method(type(self))
+        declared = declared_method(type(self))
         if declared is not None:
             return declared == method_id(str(config.peft_type))
         try:
@@ -162,7 +128,7 @@ class BaseTuner(AdaptedModel):
         """Decide which modules an adapter with this config would go to; nothing is changed."""
         face = self._face_for(config)
         declared = _declared(face, config)
-        entries = declared.adapter.entries if declared is not None and declared.adapter is not None else ()
+        entries = declared.entries if declared is not None else ()
         return make_plan(self.model, config, face, self.get_model_config(self.model), state_dict, entries, face.prefix)
 
     def inject_adapter(
@@ -214,7 +180,8 @@ class BaseTuner(AdaptedModel):
                 self.owner,
                 part,
                 journal,
-                via_hook=not _overrides_hooks(type(face)),
+                layer_class=face.tuner_layer_cls,
+                via_hook=not overrides_hooks(type(face)),
                 meta=low_cpu_mem_usage,
             )
             self.peft_config[adapter_name] = plan.config
@@ -227,9 +194,9 @@ class BaseTuner(AdaptedModel):
 
     def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool) -> Part | None:
         declared = _declared(face, plan.config)
-        if declared is None or declared.part is None or declared.adapter is None:
+        if declared is None or declared.part is None or not declared.adapters:
             return None
-        part = make_part(declared.part, plan, declared.adapter.kinds, meta=meta)
+        part = make_part(declared.part, plan, declared.kinds, meta=meta)
         self.parts[name] = part
         expose(self, self.parts, name)  # type: ignore[arg-type]
         return part
@@ -293,7 +260,7 @@ class BaseTuner(AdaptedModel):
                 withdraw(self, self.parts)  # type: ignore[arg-type]
             if not self.peft_config:
                 self.model.__dict__.pop("peft_config", None)
-            if _declared_method(type(self)) not in (None, *self.methods):
+            if declared_method(type(self)) not in (None, *self.methods):
                 # Python does not ask a class about an object that is of exactly that class.
                 journal.note(object.__setattr__, self, "__class__", type(self))
                 self.__class__ = BaseTuner
@@ -356,23 +323,11 @@ def find_tuner(model: nn.Module) -> BaseTuner | None:
     return None
 
 
-def _declared_method(kind: type[BaseTuner]) -> str | None:
-    """Return the id of the method whose class a tuner's class is or comes from."""
-    return next((base._method for base in kind.__mro__ if isinstance(base, MethodMeta) and base._method), None)
-
-
-def _overrides_hooks(kind: type[BaseTuner]) -> bool:
-    return any(
-        getattr(kind, name) is not getattr(BaseTuner, name)
-        for name in ("_prepare_adapter_config", "_check_target_module_exists", "_create_and_replace")
-    )
-
-
 def _declared(face: BaseTuner, config: PeftConfig) -> Method | None:
     try:
         return face._method_of(config).method
     except UnknownMethodError:
-        if _overrides_hooks(type(face)):
+        if overrides_hooks(type(face)):
             return None
         raise
 

@@ -17,14 +17,36 @@ class Method:
 
     Attributes:
         config: The method's config class.
-        adapter: The method's adapter class; not needed if the plugin makes its layers itself in `_create_and_replace`.
+        adapter: The method's adapter class, or several, of which each says in `kinds` what it adapts; not needed if the
+            plugin makes its layers itself in `_create_and_replace`.
         part: What an adapter of this method has once per model, if anything.
         tuner: The method's tuner class, with PEFT's `target_module_mapping`; plain `BaseTuner` if not given.
         api: The version of the contract the plugin was written for (`tunerkit.plugins.hooks.API_VERSION`).
     """
 
     config: type[PeftConfig]
-    adapter: type[Adapter] | None = None
+    adapter: type[Adapter] | tuple[type[Adapter], ...] | None = None
     part: type[Part] | None = None
     tuner: type[BaseTuner] | None = None
     api: int = 1
+
+    @property
+    def adapters(self) -> tuple[type[Adapter], ...]:
+        """The adapter classes."""
+        if self.adapter is None:
+            return ()
+        return self.adapter if isinstance(self.adapter, tuple) else (self.adapter,)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of sites that the method adapts."""
+        return frozenset(kind for adapter in self.adapters for kind in adapter.kinds)
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The names of the entries in which its adapters hold their tensors, on any kind of site."""
+        return tuple(dict.fromkeys(entry for adapter in self.adapters for entry in adapter.entries))
+
+    def adapter_for(self, kind: str) -> type[Adapter]:
+        """Return the adapter class for a kind of site, one of `kinds`."""
+        return next(adapter for adapter in self.adapters if kind in adapter.kinds)

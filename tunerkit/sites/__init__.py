@@ -23,20 +23,28 @@ __all__ = [
     "twin",
 ]
 
-_SITES: dict[type[nn.Module], type[Site]] = {nn.Linear: LinearSite, nn.Embedding: EmbeddingSite}
+_SITES: dict[type[nn.Module] | str, type[Site]] = {nn.Linear: LinearSite, nn.Embedding: EmbeddingSite}
+_FOUND: dict[type[nn.Module], type[Site] | None] = {}
+"""What was found for types of layers so far: a plan asks for each module."""
 
 
-def register_site(layer: type[nn.Module], site: type[Site]) -> None:
-    """Teach tunerkit what a type of layer is; subclasses of the type that have no site of their own are covered too."""
+def register_site(layer: type[nn.Module] | str, site: type[Site]) -> None:
+    """Teach tunerkit what a type of layer is; subclasses of the type that have no site of their own are covered too.
+
+    Args:
+        layer: The type, or its full name (`"library.module.Name"`) for a library that need not be installed.
+        site: The class of its sites.
+    """
     _SITES[layer] = site
+    _FOUND.clear()
 
 
 def site_class(layer: type[nn.Module]) -> type[Site] | None:
     """Return the class of site for a type of layer, or None if none is known."""
-    for kind in layer.__mro__:
-        if kind in _SITES:
-            return _SITES[kind]
-    return None
+    if layer not in _FOUND:
+        names = (name for kind in layer.__mro__ for name in (kind, f"{kind.__module__}.{kind.__qualname__}"))
+        _FOUND[layer] = next((_SITES[name] for name in names if name in _SITES), None)
+    return _FOUND[layer]
 
 
 def make_site(module: nn.Module, name: str = "", parameter_name: str | None = None) -> Site | None:

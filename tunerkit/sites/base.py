@@ -133,6 +133,11 @@ class Site:
         return "weight"
 
     @property
+    def bias_name(self) -> str:
+        """The name of the parameter that is the bias, where the layer has one."""
+        return "bias"
+
+    @property
     def stored(self) -> Tensor:
         """The weight as the layer stores it."""
         return self.module.weight  # type: ignore[return-value]
@@ -145,7 +150,7 @@ class Site:
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias, of size out, or None."""
-        return self.module._parameters.get("bias")
+        return self.module._parameters.get(self.bias_name)
 
     @property
     def base(self) -> Site:
@@ -177,7 +182,7 @@ class Site:
         stored = self.stored
         tensors: dict[str, Tensor | None] = {self.weight_name: weight.reshape(stored.shape).to(stored.dtype)}
         if bias is not None or self.bias is not None:
-            tensors["bias"] = None if bias is None else bias.to(stored.dtype)
+            tensors[self.bias_name] = None if bias is None else bias.to(stored.dtype)
         return tensors
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:

@@ -101,8 +101,8 @@ class MethodConformance(MathsChecks, MergingChecks, LifecycleChecks, FileChecks,
             metafunc.parametrize("kind", self.kinds or self._declared_kinds())
 
     def _declared_kinds(self) -> list[str]:
-        adapter = get_method(str(self.config().peft_type)).method.adapter
-        return sorted(SAMPLES.keys() & (adapter.kinds if adapter is not None else {"linear"}))
+        kinds = get_method(str(self.config().peft_type)).method.kinds
+        return sorted(SAMPLES.keys() & (kinds or {"linear"}))
 
     @pytest.fixture
     def bench(self, kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Bench:

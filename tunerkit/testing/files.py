@@ -46,10 +46,11 @@ class FileChecks:
         part = model.base_model.parts.get("default")
         shared = {} if part is None else part.state_dict()
         method = bench.method
-        if method.adapter is None or method.adapter.to_checkpoint is Adapter.to_checkpoint:
+        if all(kind.to_checkpoint is Adapter.to_checkpoint for kind in method.adapters):
             held = adapter_tensors(model, "default")
             assert saved.keys() == {("base_model." if key in shared else "base_model.model.") + key for key in held}
-        entries = {*(method.adapter.entries if method.adapter else ()), *(method.part.entries if method.part else ())}
+        own = method.adapter_for(bench.kind).entries if bench.kind in method.kinds else ()
+        entries = {*own, *(method.part.entries if method.part else ())}
         if entries:
             assert {part for key in saved for part in key.split(".") if part in entries} == entries
             assert [key for key in saved if entries.isdisjoint(key.split("."))] == []

@@ -167,7 +167,8 @@ class LifecycleChecks:
         parent.
         """
         count = len(list(bench.start().base_model.layers()))
-        adapter = bench.method.adapter
+        method = bench.method
+        adapter = method.adapter_for(bench.kind) if bench.kind in method.kinds else None
         if moment == "constructor" and adapter is None:
             pytest.skip("the method has no adapter class whose constructor could fail")
         tuner = bench.method.tuner or BaseTuner
