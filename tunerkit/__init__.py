@@ -16,6 +16,7 @@ from tunerkit.functional import (
     set_peft_model_state_dict,
     use_adapter,
 )
+from tunerkit.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.model import PeftModel, get_peft_model
 from tunerkit.plan import Plan
@@ -42,9 +43,12 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "hookimpl",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
     "plan",
+    "prepare_model_for_compiled_hotswap",
     "register",
     "set_peft_model_state_dict",
     "use_adapter",
