@@ -112,7 +112,7 @@ def _check_configs(names: list[str], configs: list[PeftConfig]) -> None:
 
 def _targets(tuner: BaseTuner, names: list[str], configs: list[PeftConfig]) -> dict[str, Any]:
     """Return the settings that make one config adapt what any of several adapts."""
-    targets = [getattr(config, "target_modules", None) for config in configs]
+    targets: list[Any] = [getattr(config, "target_modules", None) for config in configs]
     same = all(getattr(config, name, None) == getattr(configs[0], name, None) for config in configs for name in _WHERE)
     found: dict[str, Any] = {}
     if any(getattr(config, "modules_to_save", None) for config in configs):
