@@ -19,8 +19,10 @@ from tunerkit.targeting import (
     bare,
     endings,
     is_linear,
+    is_transposed,
     keys_in_state,
     match_name,
+    match_pattern,
     modules_outside_adapters,
     places,
     wants_all_linear,
@@ -71,6 +73,9 @@ class Plan:
         decisions: What was decided for each module, in the model's order.
         entries: For each entry of `target_modules` and `target_parameters`, how many modules it matched.
         exclusions: For each entry of `exclude_modules`, how many modules it matched.
+        patterns: For each setting that gives single modules values by patterns (`rank_pattern`), how many of the
+            adapted modules each of its entries fits.
+        corrections: What was corrected in the config, in words.
         targets: The modules to adapt.
     """
 
@@ -78,6 +83,8 @@ class Plan:
     decisions: tuple[Decision, ...]
     entries: dict[str, int]
     exclusions: dict[str, int]
+    patterns: dict[str, dict[str, int]]
+    corrections: tuple[str, ...]
     targets: tuple[Target, ...] = field(repr=False)
 
     @property
@@ -92,7 +99,14 @@ class Plan:
         wanted = [("target_parameters" if entry in parameters else "target_modules", entry) for entry in self.entries]
         left = [(where, entry) for where, entry in wanted if not self.entries[entry]]
         left += [("exclude_modules", entry) for entry, count in self.exclusions.items() if not count]
-        return [f"{entry!r} in {where} matches nothing{_hint(entry, names)}" for where, entry in left]
+        sentences = [f"{entry!r} in {where} matches nothing{_hint(entry, names)}" for where, entry in left]
+        adapted = [target.name for target in self.targets]
+        return sentences + [
+            f"{entry!r} in {where} fits no adapted module{_hint(entry, adapted)}"
+            for where, counts in self.patterns.items()
+            for entry, count in counts.items()
+            if not count
+        ]
 
     def __str__(self) -> str:
         groups: Counter[tuple[str, str, str, str]] = Counter()
@@ -105,7 +119,7 @@ class Plan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         left = sum(item.verdict == "not matched" for item in self.decisions)
         total = f"{len(self.adapted)} of {len(self.decisions)} modules adapted, {left} not matched"
-        return "\n".join([*lines, total, *self.unmatched()])
+        return "\n".join([*lines, total, *self.unmatched(), *self.corrections])
 
 
 def make_plan(
@@ -159,7 +173,15 @@ def make_plan(
             decisions.append(Decision(key, type(bare(module)).__name__, verdict, reason))
         elif verdict == "adapted":
             decisions.append(Decision(f"{key}.{parameter}", "Parameter", verdict, reason))
-    plan = Plan(config, tuple(decisions), dict(matcher.entries), dict(matcher.exclusions), tuple(targets.values()))
+    plan = Plan(
+        config,
+        tuple(decisions),
+        dict(matcher.entries),
+        dict(matcher.exclusions),
+        _count_patterns(config, [target.name for target in targets.values()]),
+        _correct_orientation(config, list(targets.values())),
+        tuple(targets.values()),
+    )
     if not targets:
         raise NoMatchingPeftModuleError(_nothing_matched(model, plan, state_keys is not None))
     return plan
@@ -188,6 +210,37 @@ def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
         )
         raise NoMatchingPeftModuleError(msg)
     return found
+
+
+def _count_patterns(config: PeftConfig, paths: list[str]) -> dict[str, dict[str, int]]:
+    """Return for each setting by patterns how many paths each of its entries fits."""
+    return {
+        setting: {entry: _count_fits(setting, entry, paths) for entry in getattr(config, setting) or ()}
+        for setting in config._patterns
+    }
+
+
+def _count_fits(setting: str, entry: str, paths: list[str]) -> int:
+    try:
+        return sum(match_pattern(entry, path) for path in paths)
+    except re.error as error:
+        msg = (
+            f"{setting} holds {entry!r}, which must be a regular expression for a module's path or the end of it, and "
+            f"is a broken one: {error}. Mend it; for text that is meant as it is use re.escape."
+        )
+        raise TargetError(msg) from error
+
+
+def _correct_orientation(config: PeftConfig, targets: list[Target]) -> tuple[str, ...]:
+    """Let a config that says how linear layers store their weights say it right; of a mixture the last one counts."""
+    says = getattr(config, "fan_in_fan_out", None)
+    linear = [] if says is None else [target for target in targets if is_linear(target.module)]
+    if not linear or (is_so := is_transposed(linear[-1].module)) == says:
+        return ()
+    config.fan_in_fan_out = is_so  # type: ignore[attr-defined]
+    kind = type(bare(linear[-1].module)).__name__
+    stored = "in x out" if is_so else "out x in"
+    return (f"fan_in_fan_out={says} does not hold for the targeted {kind}, which stores its weight {stored}",)
 
 
 def _check_pattern(setting: str, wanted: str) -> None:
