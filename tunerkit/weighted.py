@@ -52,7 +52,7 @@ def add_combined(
         UnknownAdapterError: The model has none of one of the names.
         CombinationError: The adapters cannot be combined; the model is as it was.
     """
-    names = _check_names(tuner, adapters, weights, adapter_name)
+    names = check_call(tuner, adapters, weights, adapter_name)
     configs = [tuner.peft_config[name] for name in names]
     _check_configs(names, configs)
     with Journal() as journal:
@@ -72,7 +72,14 @@ def add_combined(
                 _copy(path, layer, names, adapter_name)
 
 
-def _check_names(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> list[str]:
+def check_call(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> list[str]:
+    """Return the names of the adapters to combine, if the call makes sense; see `add_combined`.
+
+    Raises:
+        AdapterNameError: The name of the new one is illegal or taken.
+        UnknownAdapterError: The model has none of one of the names.
+        CombinationError: There are no names, or not one finite weight for each.
+    """
     if check_adapter_name(adapter_name, RESERVED_NAMES) in tuner.peft_config:
         msg = f"There is an adapter {adapter_name!r} already, so the combination needs another name."
         raise AdapterNameError(msg)
