@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
+from tunerkit.sites.attention import SHOWN, AttentionSite, OutputProjectionSite
 from tunerkit.sites.base import Below, Bound, Site, make_on_meta, twin
 from tunerkit.sites.embedding import EmbeddingSite
 from tunerkit.sites.linear import LinearSite
 from tunerkit.sites.parameter import ParameterSite
 
 __all__ = [
+    "SHOWN",
+    "AttentionSite",
     "Below",
     "Bound",
     "EmbeddingSite",
     "LinearSite",
+    "OutputProjectionSite",
     "ParameterSite",
     "Site",
     "make_on_meta",
@@ -23,7 +27,12 @@ __all__ = [
     "twin",
 ]
 
-_SITES: dict[type[nn.Module] | str, type[Site]] = {nn.Linear: LinearSite, nn.Embedding: EmbeddingSite}
+_SITES: dict[type[nn.Module] | str, type[Site]] = {
+    nn.Linear: LinearSite,
+    nn.Embedding: EmbeddingSite,
+    nn.MultiheadAttention: AttentionSite,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: OutputProjectionSite,
+}
 _FOUND: dict[type[nn.Module], type[Site] | None] = {}
 """What was found for types of layers so far: a plan asks for each module."""
 
