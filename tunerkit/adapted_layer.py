@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tunerkit.adapter import AdditiveAdapter
-from tunerkit.errors import AdapterStateError, MergeError, RouteError
+from tunerkit.errors import AdapterStateError, MergeError, RouteError, UnknownAdapterError
 from tunerkit.folding import Merged, fold, merge_order, stacked
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.names import PerAdapter, expose, withdraw
@@ -277,6 +277,39 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self.__dict__["_merged"] = None
             self._settle()
 
+    def check_not_merged(self, name: str) -> None:
+        """Raise `AdapterStateError` if an adapter is merged, so that changing it now would have no effect."""
+        if name in self.merged_adapters:
+            msg = (
+                f"The adapter {name!r} is merged into {self._site.name!r}, so changing it would have no effect there. "
+                "Call unmerge_adapter() first."
+            )
+            raise AdapterStateError(msg)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what an adapter adds to the weight, in the shape in which the layer stores that.
+
+        Args:
+            adapter: The adapter's name.
+
+        Raises:
+            UnknownAdapterError: The layer has no such adapter.
+            AdapterStateError: The adapter does not add something to the weight.
+            MergeError: What this one adds has no such form.
+        """
+        found = self._adapters.get(adapter)
+        if found is None:
+            msg = f"The layer {self._site.name!r} has no adapter {adapter!r}; it has {listing(self._adapters)}."
+            raise UnknownAdapterError(msg)
+        if not isinstance(found, AdditiveAdapter):
+            msg = (
+                f"The adapter {adapter!r} on {self._site.name!r} ({type(found).__name__}) does not add anything to the "
+                "weight, so there is no such thing to return."
+            )
+            raise AdapterStateError(msg)
+        bare = self.bare_site
+        return bare.as_stored(found.delta(bare).reshape(bare.weight.shape))
+
     def forget_originals(self) -> dict[str, nn.Parameter | None]:
         """Give up the merged adapters and return the original parameters; nothing can be unmerged after that."""
         originals = {} if self._merged is None else self._merged.originals
@@ -325,7 +358,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         # What the model's own code reads of its layer comes first, then what the adapters have.
         base = self.get_base_layer()
         if not hasattr(base, name) and any(hasattr(adapter, name) for adapter in self._adapters.values()):
-            return PerAdapter(self._adapters, name)  # type: ignore[arg-type]
+            return PerAdapter(self._adapters, name, self.check_not_merged)  # type: ignore[arg-type]
         if not hasattr(base, name):
             for adapter in self._adapters.values():
                 call = _own(adapter.__dict__["_layer_class"], name)

@@ -94,10 +94,21 @@ class AdditiveAdapter(Adapter):
         msg = f"{type(self).__name__} must define delta(base)."
         raise NotImplementedError(msg)
 
+    def delta_bias(self, base: Site) -> Tensor | None:
+        """Return what is added to the bias, of size out, or None; the layer itself may have no bias.
+
+        Args:
+            base: The bare layer.
+        """
+        del base
+        return None
+
     def merged(self, below: Below) -> tuple[Tensor, Tensor | None]:
-        """Return the weight plus `delta`, and the bias as it is."""
-        weight = below.weight
-        return weight + self.delta(below.base).reshape(weight.shape), below.bias
+        """Return the weight plus `delta`, and the bias plus `delta_bias`."""
+        weight, bias, added = below.weight, below.bias, self.delta_bias(below.base)
+        if added is not None:
+            bias = added if bias is None else bias + added
+        return weight + self.delta(below.base).reshape(weight.shape), bias
 
 
 class Part(nn.Module):
@@ -122,27 +133,29 @@ class Part(nn.Module):
         return call(*args, **kwargs)
 
 
-def linear(weight: Tensor, *, trains: bool = True) -> nn.Linear:
-    """Return an `nn.Linear` without bias that holds a ready-made weight.
+def linear(weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -> nn.Linear:
+    """Return an `nn.Linear` that holds a ready-made weight.
 
     The constructor of `nn.Linear` would first fill a weight of its own at random, which costs five times as much.
 
     Args:
         weight: The weight, out x in.
-        trains: Whether the weight is to be trained.
+        bias: The bias, of size out, or None.
+        trains: Whether they are to be trained.
     """
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=trains)
-    layer._parameters["bias"] = None
+    layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=trains)
     return layer
 
 
-def add_low_rank(y: Tensor, x: Tensor, down: nn.Linear, up: nn.Linear, scaling: float) -> Tensor:
+def add_low_rank(y: Tensor, x: Tensor, down: nn.Module, up: nn.Module, scaling: float) -> Tensor:
     """Return `y + scaling * up(down(x))` without building the matrix `up.weight @ down.weight`.
 
-    The small factors are cast to the dtype of what they meet, not the activations to the dtype of the factors.
+    The small factors are cast to the dtype of what they meet, not the activations to the dtype of the factors. Where
+    calling a factor is more than a product with its weight (a convolution, a bias, a hook), it is called.
 
     Args:
         y: The layer's output, ... x out.
@@ -169,7 +182,7 @@ def _call(factor: nn.Module, x: Tensor) -> Tensor:
     return factor(x if weight is None or not weight.is_floating_point() else x.to(weight.dtype))  # type: ignore[no-any-return]
 
 
-def _is_plain(layer: nn.Linear, weight: Tensor) -> bool:
+def _is_plain(layer: nn.Module, weight: Tensor) -> bool:
     """Return whether reading the weight is the same as calling the layer: nothing hooked, replaced or off-loaded."""
     return (
         type(layer) is nn.Linear

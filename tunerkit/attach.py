@@ -135,7 +135,7 @@ def _put_in_place(
         layer = AdaptedLayer(site, owner)
     if layer.site.read and adapter.unfoldable is not None:
         msg = (
-            f"{target.name!r} cannot be adapted by {method!r}: its parameters are read by the code around it, so that an "
+            f"{target.name!r} cannot be adapted by {method!r}: its parameters are read by the code around it, so an "
             f"adapter must have a merged form, and this one has none ({adapter.unfoldable})."
         )
         raise UnsupportedSiteError(msg)

@@ -9,19 +9,21 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from tunerkit.advice import closest_to, nothing_matched
 from tunerkit.config import PeftConfig
 from tunerkit.errors import NoMatchingPeftModuleError, PluginError, TargetError, UnsupportedSiteError
-from tunerkit.naming import closest, listing
-from tunerkit.sites import site_class
+from tunerkit.naming import listing
+from tunerkit.sites import make_site, site_class
 from tunerkit.targeting import (
     ALL_LINEAR,
     all_linear,
     bare,
     endings,
     is_linear,
+    is_transposed,
     keys_in_state,
     match_name,
-    modules_outside_adapters,
+    match_pattern,
     parameter_places,
     place_of_parameter,
     places,
@@ -76,6 +78,9 @@ class Plan:
         decisions: What was decided for each module, in the model's order.
         entries: For each entry of `target_modules` and `target_parameters`, how many modules it matched.
         exclusions: For each entry of `exclude_modules`, how many modules it matched.
+        patterns: For each setting that gives single modules values by patterns (`rank_pattern`), how many of the
+            adapted modules each of its entries fits.
+        corrections: What was corrected in the config, in words.
         targets: The modules to adapt.
     """
 
@@ -83,6 +88,8 @@ class Plan:
     decisions: tuple[Decision, ...]
     entries: dict[str, int]
     exclusions: dict[str, int]
+    patterns: dict[str, dict[str, int]]
+    corrections: tuple[str, ...]
     targets: tuple[Target, ...] = field(repr=False)
 
     @property
@@ -97,7 +104,14 @@ class Plan:
         wanted = [("target_parameters" if entry in parameters else "target_modules", entry) for entry in self.entries]
         left = [(where, entry) for where, entry in wanted if not self.entries[entry]]
         left += [("exclude_modules", entry) for entry, count in self.exclusions.items() if not count]
-        return [f"{entry!r} in {where} matches nothing{_hint(entry, names)}" for where, entry in left]
+        sentences = [f"{entry!r} in {where} matches nothing{closest_to(entry, names)}" for where, entry in left]
+        adapted = [_settings_name(target) for target in self.targets]
+        return sentences + [
+            f"{entry!r} in {where} fits no adapted module{closest_to(entry, adapted)}"
+            for where, counts in self.patterns.items()
+            for entry, count in counts.items()
+            if not count
+        ]
 
     def __str__(self) -> str:
         groups: Counter[tuple[str, str, str, str]] = Counter()
@@ -110,7 +124,7 @@ class Plan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         left = sum(item.verdict == "not matched" for item in self.decisions)
         total = f"{len(self.adapted)} of {len(self.decisions)} modules adapted, {left} not matched"
-        return "\n".join([*lines, total, *self.unmatched()])
+        return "\n".join([*lines, total, *self.unmatched(), *self.corrections])
 
 
 def make_plan(
@@ -169,9 +183,17 @@ def make_plan(
             found = [place_of_parameter(module, parent, name, own) for own in kind.parameters_of(base)] or found
         for target in found:
             _note(targets, decisions, key, target, (verdict, reason))
-    plan = Plan(config, tuple(decisions), dict(matcher.entries), dict(matcher.exclusions), tuple(targets.values()))
+    plan = Plan(
+        config,
+        tuple(decisions),
+        dict(matcher.entries),
+        dict(matcher.exclusions),
+        _count_patterns(config, [_settings_name(target) for target in targets.values()]),
+        _correct_orientation(config, list(targets.values())),
+        tuple(targets.values()),
+    )
     if not targets:
-        raise NoMatchingPeftModuleError(_nothing_matched(model, plan, state_keys is not None))
+        raise NoMatchingPeftModuleError(nothing_matched(model, plan, state_keys is not None))
     return plan
 
 
@@ -179,6 +201,11 @@ def _site_class(module: nn.Module, kinds: Collection[str]) -> type[Site] | None:
     """Return the class of site that a module is, if it is one that the method adapts."""
     kind = site_class(type(module))
     return kind if kind is not None and kind.kind in kinds else None
+
+
+def _settings_name(target: Target) -> str:
+    site = make_site(bare(target.module), target.name, target.parameter_name)
+    return target.name if site is None else site.settings_name
 
 
 def _note(
@@ -229,6 +256,37 @@ def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
         )
         raise NoMatchingPeftModuleError(msg)
     return found
+
+
+def _count_patterns(config: PeftConfig, paths: list[str]) -> dict[str, dict[str, int]]:
+    """Return for each setting by patterns how many paths each of its entries fits."""
+    return {
+        setting: {entry: _count_fits(setting, entry, paths) for entry in getattr(config, setting) or ()}
+        for setting in config._patterns
+    }
+
+
+def _count_fits(setting: str, entry: str, paths: list[str]) -> int:
+    try:
+        return sum(match_pattern(entry, path) for path in paths)
+    except re.error as error:
+        msg = (
+            f"{setting} holds {entry!r}, which must be a regular expression for a module's path or the end of it, and "
+            f"is a broken one: {error}. Mend it; for text that is meant as it is use re.escape."
+        )
+        raise TargetError(msg) from error
+
+
+def _correct_orientation(config: PeftConfig, targets: list[Target]) -> tuple[str, ...]:
+    """Let a config that says how linear layers store their weights say it right; of a mixture the last one counts."""
+    says = getattr(config, "fan_in_fan_out", None)
+    linear = [] if says is None else [target for target in targets if is_linear(target.module)]
+    if not linear or (is_so := is_transposed(linear[-1].module)) == says:
+        return ()
+    config.fan_in_fan_out = is_so  # type: ignore[attr-defined]
+    kind = type(bare(linear[-1].module)).__name__
+    stored = "in x out" if is_so else "out x in"
+    return (f"fan_in_fan_out={says} does not hold for the targeted {kind}, which stores its weight {stored}",)
 
 
 def _check_pattern(setting: str, wanted: str) -> None:
@@ -302,61 +360,3 @@ class _Matcher:
         # What was found is one of the entries that mean the module; the others have not matched nothing.
         counter.update(ending for ending in endings(key) if ending in counter and ending != entry)
         return repr(entry)
-
-
-def _nothing_matched(model: nn.Module, plan: Plan, from_state: bool) -> str:
-    names = [decision.name for decision in plan.decisions]
-    if from_state:
-        return (
-            f"No key of the state dict belongs to a module of the model, which has {listing(names)}. Pass the tensors "
-            "of an adapter that was made for this model."
-        )
-    wanted = list(plan.entries)
-    if not wanted:
-        return f"The config targets nothing: set target_modules to names of modules, a pattern, or {ALL_LINEAR!r}."
-    where = "target_modules" if getattr(plan.config, "target_modules", None) else "target_parameters"
-    target = f"{where}={_shown(getattr(plan.config, where))}"
-    if any(plan.entries.values()):
-        return (
-            f"{target} matches {sum(plan.entries.values())} modules, and all of them are excluded by "
-            f"exclude_modules={_shown(getattr(plan.config, 'exclude_modules', None))}. Exclude fewer, or target others."
-        )
-    return f"{target} matches nothing in the model. {_advice(model, plan, wanted, names)}"
-
-
-def _advice(model: nn.Module, plan: Plan, wanted: list[str], names: list[str]) -> str:
-    text = isinstance(getattr(plan.config, "target_modules", None), str)
-    if any(re.sub(r"[\W_]", "", entry.lower()) == ALL_LINEAR.replace("-", "") for entry in wanted):
-        return f"Did you mean {ALL_LINEAR!r}?" if text else f"For all linear layers pass the text, {ALL_LINEAR!r}."
-    if text and any(match_name(wanted, name) for name in names):
-        return (
-            f"{wanted[0]!r} is text, so it is a pattern for whole paths. For modules of that name pass a list: "
-            f"target_modules={wanted}."
-        )
-    near = [name for entry in wanted for name in _near(entry, names)]
-    linear = dict.fromkeys(
-        key.rpartition(".")[2] for key, module in modules_outside_adapters(model) if is_linear(module)
-    )
-    hint = f"The model has {listing(names)}."
-    if near:
-        hint = f"Closest names: {listing(dict.fromkeys(near))}."
-    elif linear:
-        hint = f"The names of its linear layers end in {listing(linear)}."
-    return (
-        f"{hint} An entry is a whole path or its end after a dot; text that is not in a list is a pattern for the "
-        f"whole path; {ALL_LINEAR!r} means all linear layers."
-    )
-
-
-def _shown(entries: Collection[str] | str | None) -> str:
-    return repr(entries) if isinstance(entries, str) else f"[{listing(sorted(entries or ()))}]"
-
-
-def _hint(entry: str, names: list[str]) -> str:
-    near = _near(entry, names)
-    return f"; closest: {listing(near)}" if near else ""
-
-
-def _near(entry: str, names: list[str]) -> list[str]:
-    depth = entry.count(".") + 1
-    return closest(entry, [*(".".join(name.split(".")[-depth:]) for name in names), *names])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tunerkit.config import TaskType
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.sites import site_class
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import nn
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 Place: TypeAlias = "tuple[nn.Module, nn.Module, str, str | None]"
 """What stands at a place, its parent, its name in it, and the one parameter that is meant, if it is one."""
+
+Value = TypeVar("Value")
 
 ALL_LINEAR = "all-linear"
 _WRAPPED = "base_model.model."
@@ -40,6 +43,22 @@ def endings(path: str) -> Iterator[str]:
     while dot:
         yield path
         _, dot, path = path.partition(".")
+
+
+def match_pattern(pattern: str, path: str) -> bool:
+    """Return whether a regex fits a module's path, or the end of it after a dot; `^` stands for the path's start."""
+    return _pattern(pattern).match(path) is not None
+
+
+@functools.cache
+def _pattern(pattern: str) -> re.Pattern[str]:
+    # Of these a config may have one for each layer, more than the cache of `re` holds.
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def pattern_value(patterns: Mapping[str, Value] | None, path: str, default: Value) -> Value:
+    """Return the value of the first pattern that fits a module's path (see `match_pattern`), or else the default."""
+    return next((value for entry, value in (patterns or {}).items() if match_pattern(entry, path)), default)
 
 
 def match_target(config: PeftConfig, key: str) -> str | re.Match[str] | None:
@@ -66,6 +85,12 @@ def is_linear(module: nn.Module) -> bool:
     base = bare(module)
     kind = site_class(type(base))
     return kind is not None and kind.kind == "linear" and kind.takes(base) is None and kind.alone(base) is None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a layer, below adapters or not, stores its weight in x out."""
+    kind = site_class(type(bare(module)))
+    return kind is not None and kind.transposed
 
 
 def _output_layers(model: nn.Module, config: PeftConfig) -> list[Any]:

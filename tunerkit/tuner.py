@@ -14,6 +14,7 @@ from tunerkit.errors import (
     AdapterStateError,
     AdapterWarning,
     ConfigError,
+    ConfigWarning,
     TargetWarning,
     UnknownAdapterError,
     UnknownMethodError,
@@ -192,6 +193,8 @@ class BaseTuner(HookCalls, AdaptedModel):
             # A warning may be made an error, and then the adapter is not put in.
             for sentence in plan.unmatched():
                 warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=2)
+            for sentence in plan.corrections:
+                warnings.warn(ConfigWarning(f"{sentence}; it was corrected in the completed config."), stacklevel=2)
 
     def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool) -> Part | None:
         declared = _declared(face, plan.config)

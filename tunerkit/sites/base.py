@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -79,9 +80,11 @@ def twin(module: Module, **parameters: Tensor | None) -> Module:
 
 def unfit_weight(module: nn.Module) -> str | None:
     """Return why a layer's weight cannot be adapted, or None."""
-    weight = module._parameters.get("weight")
+    weight: Any = module._parameters.get("weight")
     if weight is None:
         return "its weight is not a parameter of its own (it is parametrized, or computed by a hook); remove that first"
+    if is_lazy(weight):
+        return "its weight has no shape before the layer is first run; run the model once first"
     if not weight.is_floating_point():
         return f"its weight is stored as {weight.dtype}, for which no installed package teaches a site"
     return None
@@ -93,12 +96,14 @@ class Site:
     Attributes:
         kind: The kind of layer, by which a method says what it adapts.
         along: The names of children that are adapted along with the module.
+        transposed: Whether the layer stores its weight in x out.
         module: The layer itself.
         name: Its path in the model.
     """
 
     kind: ClassVar[str] = "module"
     along: ClassVar[tuple[str, ...]] = ()
+    transposed: ClassVar[bool] = False
     __slots__ = ("module", "name")
 
     def __init__(self, module: nn.Module, name: str = "") -> None:
@@ -195,6 +200,22 @@ class Site:
         return self.weight.shape[-2]
 
     @property
+    def channels(self) -> int:
+        """How many numbers the input holds at each place of it."""
+        return self.in_features
+
+    def scale_inputs(self, scale: Tensor) -> Tensor:
+        """Return a number for each channel of the input as the matrix with which it multiplies the weight.
+
+        Args:
+            scale: As many numbers as `channels`.
+
+        Returns:
+            A matrix that can be broadcast to the shape of `weight`.
+        """
+        return scale.reshape(1, -1)
+
+    @property
     def device(self) -> torch.device:
         """The device of the weight."""
         return self.stored.device
@@ -204,10 +225,14 @@ class Site:
         """The dtype of the weight, in which new tensors are made."""
         return self.stored.dtype
 
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """Return a weight, or something that is added to one, in the shape in which the layer stores its own."""
+        return weight.reshape(self.stored.shape)
+
     def to_stored(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
         """Return parameters in the form and dtype in which the layer stores them, by name."""
         stored = self.stored
-        tensors: dict[str, Tensor | None] = {self.weight_name: weight.reshape(stored.shape).to(stored.dtype)}
+        tensors: dict[str, Tensor | None] = {self.weight_name: self.as_stored(weight).to(stored.dtype)}
         if bias is not None or self.bias is not None:
             tensors[self.bias_name] = None if bias is None else bias.to(stored.dtype)
         return tensors
@@ -249,10 +274,13 @@ class Site:
         """Return a new tensor of normally distributed numbers for an adapter at this site."""
         return self._filled(shape, lambda tensor: tensor.normal_(std=std))
 
+    def uniform(self, *shape: int, bound: float) -> Tensor:
+        """Return a new tensor of numbers drawn evenly from -bound to bound for an adapter at this site."""
+        return self._filled(shape, lambda tensor: tensor.uniform_(-bound, bound))
+
     def kaiming_uniform(self, *shape: int) -> Tensor:
         """Return a new tensor as `nn.Linear` starts its weight: uniform within 1 / sqrt(columns)."""
-        bound = 1 / math.sqrt(max(shape[-1], 1))
-        return self._filled(shape, lambda tensor: tensor.uniform_(-bound, bound))
+        return self.uniform(*shape, bound=1 / math.sqrt(max(shape[-1], 1)))
 
     def _filled(self, shape: tuple[int, ...], fill: Callable[[Tensor], Tensor]) -> Tensor:
         tensor = self.empty(*shape)

@@ -60,7 +60,7 @@ class ParameterSite(Site):
         return None
 
     def fitted(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
-        """Return the tensor by name, as it is if it has the parameter's form: it may be computed only where it is read."""
+        """Return the tensor by name, as it is if its form is right: it may be computed only where it is read."""
         stored = self.stored
         if weight.shape == stored.shape and weight.dtype is stored.dtype:
             return {self.parameter_name: weight}
