@@ -133,6 +133,12 @@ def _put_in_place(
             )
             raise UnsupportedSiteError(msg)
         layer = AdaptedLayer(site, owner)
+    if layer.site.read and adapter.unfoldable is not None:
+        msg = (
+            f"{target.name!r} cannot be adapted by {method!r}: its parameters are read by the code around it, so an "
+            f"adapter must have a merged form, and this one has none ({adapter.unfoldable})."
+        )
+        raise UnsupportedSiteError(msg)
     _place_tensors(adapter, layer.site.device, method)
     layer.add_adapter(name, adapter, method, layer_class)
     parent._modules[child] = layer

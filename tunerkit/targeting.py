@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tunerkit.config import TaskType
 from tunerkit.layer import BaseTunerLayer
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tunerkit.config import PeftConfig
+
+Place: TypeAlias = "tuple[nn.Module, nn.Module, str, str | None]"
+"""What stands at a place, its parent, its name in it, and the one parameter that is meant, if it is one."""
 
 Value = TypeVar("Value")
 
@@ -81,7 +84,7 @@ def is_linear(module: nn.Module) -> bool:
     """Return whether a module is a linear layer that can be adapted, below adapters or not."""
     base = bare(module)
     kind = site_class(type(base))
-    return kind is not None and kind.kind == "linear" and kind.takes(base) is None
+    return kind is not None and kind.kind == "linear" and kind.takes(base) is None and kind.alone(base) is None
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -128,6 +131,26 @@ def places(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
                 yield from places(base, key)
         elif child._modules:
             yield from places(child, key)
+
+
+def parameter_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str, str | None]]:
+    """Go through the parameters of the modules below: path of the module, and what `place_of_parameter` returns."""
+    for key, module, parent, name in places(model):
+        for parameter in bare(module)._parameters:
+            yield key, *place_of_parameter(module, parent, name, parameter)
+
+
+def place_of_parameter(module: nn.Module, parent: nn.Module, name: str, parameter: str) -> Place:
+    """Return where a parameter of what stands at a place is adapted, or is to be.
+
+    A layer that adapts this very parameter may stand below layers that adapt others of the module.
+    """
+    layer, upper, upper_name = module, parent, name
+    while isinstance(layer, BaseTunerLayer):
+        if getattr(layer, "parameter_name", None) == parameter:
+            return layer, upper, upper_name, parameter
+        upper, upper_name, layer = layer, "base_layer", layer.base_layer
+    return module, parent, name, parameter
 
 
 def keys_in_state(model: nn.Module, state_dict: Collection[str], entries: Collection[str], prefix: str) -> set[str]:

@@ -129,8 +129,9 @@ class BaseTuner(HookCalls, AdaptedModel):
         """Decide which modules an adapter with this config would go to; nothing is changed."""
         face = self._face_for(config)
         declared = _declared(face, config)
-        entries = declared.entries if declared is not None else ()
-        return make_plan(self.model, config, face, self.get_model_config(self.model), state_dict, entries, face.prefix)
+        entries, kinds = (declared.entries, declared.kinds) if declared is not None else ((), frozenset())
+        model_config = self.get_model_config(self.model)
+        return make_plan(self.model, config, face, model_config, state_dict, entries, face.prefix, kinds)
 
     def inject_adapter(
         self,

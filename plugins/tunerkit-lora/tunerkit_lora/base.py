@@ -42,8 +42,8 @@ class LowRankAdapter(AdditiveAdapter):
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
-        self.r = config.rank_for(site.name)
-        self.lora_alpha = config.alpha_for(site.name)
+        self.r = config.rank_for(site.settings_name)
+        self.lora_alpha = config.alpha_for(site.settings_name)
         self.use_rslora = config.use_rslora
         self.scaling = self.initial_scaling
         self.lora_dropout = config.lora_dropout
@@ -73,12 +73,21 @@ class LowRankAdapter(AdditiveAdapter):
         if rank is not None:
             self._hold(rank)
 
+    @property
+    def room(self) -> int:
+        """The rank that the factors have room for: `r`, or more while they are filled up with zeros."""
+        return len(self.get_parameter(self.factor_keys[0]))
+
+    def resize(self, first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the factors filled up with zeros, or cut, to a rank."""
+        return resize_first(first, rank, self.rank_groups), resize_second(second, rank, self.rank_groups)
+
     def take(self, other: Adapter) -> None:
         """Take over another adapter, whatever its rank; see `Adapter.take`. A larger rank needs new tensors."""
         if not isinstance(other, LowRankAdapter):
             super().take(other)
             return
-        room = max(len(self.factors[1]), len(other.factors[1]))
+        room = max(self.room, other.room)
         self._hold(room)
         other._hold(room)
         super().take(other)
@@ -86,35 +95,31 @@ class LowRankAdapter(AdditiveAdapter):
 
     def _hold(self, rank: int) -> None:
         """Fill the factors up with zeros to a rank; what is there already is left as it is."""
-        have = len(self.factors[1])
-        if have == rank:
+        if rank == self.room:
             return
-        if rank < have or rank % self.rank_groups:
-            why = f"it has rank {have}" if rank < have else f"its layer has {self.rank_groups} groups, which divide it"
+        if rank < self.room or rank % self.rank_groups:
+            why = f"its layer has {self.rank_groups} groups, which divide it"
+            if rank < self.room:
+                why = f"it has rank {self.room}"
             msg = f"An adapter cannot be brought to rank {rank}: {why}. Choose another target_rank."
             raise AdapterStateError(msg)
-        for key, resize in zip(self.factor_keys, (resize_first, resize_second), strict=True):
-            old = self.get_parameter(key)
-            module = self.get_submodule(key.rpartition(".")[0])
-            weight = resize(old.detach(), rank, self.rank_groups)
-            module._parameters[key.rpartition(".")[2]] = nn.Parameter(weight, requires_grad=old.requires_grad)
+        old = [self.get_parameter(key) for key in self.factor_keys]
+        for key, before, after in zip(self.factor_keys, old, self.resize(old[0], old[1], rank), strict=True):
+            module, _, leaf = key.rpartition(".")
+            made = nn.Parameter(after.detach(), requires_grad=before.requires_grad)
+            self.get_submodule(module)._parameters[leaf] = made
 
     def to_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors without the zeros that the factors were filled up with."""
-        return self._resized(tensors, self.r)
+        return tensors if self.room == self.r else self._resized(tensors, self.r)
 
     def from_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a checkpoint's tensors, filled up with zeros as those of the adapter are."""
-        down = tensors[self.factor_keys[0]]
-        return self._resized(tensors, len(self.factors[1])) if len(down) == self.r else tensors
+        return tensors if self.room == self.r else self._resized(tensors, self.room)
 
     def _resized(self, tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
         first, second = self.factor_keys
-        if len(tensors[first]) == rank:
-            return tensors
-        groups = self.rank_groups
-        resized = {
-            first: resize_first(tensors[first], rank, groups),
-            second: resize_second(tensors[second], rank, groups),
+        return {
+            **tensors,
+            **dict(zip(self.factor_keys, self.resize(tensors[first], tensors[second], rank), strict=True)),
         }
-        return {**tensors, **resized}

@@ -71,7 +71,8 @@ class LoraConfig(PeftConfig):
         runtime_config: Settings of this run, which are not saved.
         lora_bias: Whether `B` has a bias, which is trained and scaled with it. Not for embeddings, and only with
             `init_lora_weights` at `True` or `False`.
-        target_parameters: Bare parameters to adapt, by name. *(not built)*
+        target_parameters: Bare parameters to adapt, matrices or stacks of matrices such as a mixture's fused experts:
+            paths or the ends of them after a dot. Without dropout, DoRA and `lora_bias`, which need a layer.
         use_bdlora: Settings of block-diagonal factors (BD-LoRA). *(not built)*
         arrow_config: Settings of Arrow's routing between adapters. *(not built)*
         kasa_config: Settings of KaSA. *(not built)*
@@ -112,7 +113,7 @@ class LoraConfig(PeftConfig):
     layer_replication: list[tuple[int, int]] | None = unbuilt(None)
     runtime_config: LoraRuntimeConfig = setting(factory=LoraRuntimeConfig, saved=False)
     lora_bias: bool = False
-    target_parameters: list[str] | None = unbuilt(None)
+    target_parameters: list[str] | None = None
     use_bdlora: dict[str, Any] | None = unbuilt(None)
     arrow_config: dict[str, Any] | None = unbuilt(None)
     kasa_config: dict[str, Any] | None = unbuilt(None)
