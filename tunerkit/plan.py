@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from tunerkit.config import PeftConfig
 from tunerkit.errors import NoMatchingPeftModuleError, PluginError, TargetError
 from tunerkit.layer import BaseTunerLayer
+from tunerkit.modules_to_save import WholeModules
 from tunerkit.naming import closest, listing
 from tunerkit.targeting import (
     ALL_LINEAR,
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-Verdict = Literal["adapted", "excluded", "not matched"]
+    from tunerkit.modules_to_save import WholeModule
+
+Verdict = Literal["adapted", "excluded", "copied", "not matched"]
 
 
 class Chooser(Protocol):
@@ -72,6 +75,8 @@ class Plan:
         entries: For each entry of `target_modules` and `target_parameters`, how many modules it matched.
         exclusions: For each entry of `exclude_modules`, how many modules it matched.
         targets: The modules to adapt.
+        copies: The modules of which the adapter gets copies that are trained and saved as a whole.
+        unsaved: The entries of `modules_to_save` that matched nothing.
     """
 
     config: PeftConfig
@@ -79,6 +84,8 @@ class Plan:
     entries: dict[str, int]
     exclusions: dict[str, int]
     targets: tuple[Target, ...] = field(repr=False)
+    copies: tuple[WholeModule, ...] = field(repr=False)
+    unsaved: tuple[str, ...]
 
     @property
     def adapted(self) -> list[str]:
@@ -92,6 +99,7 @@ class Plan:
         wanted = [("target_parameters" if entry in parameters else "target_modules", entry) for entry in self.entries]
         left = [(where, entry) for where, entry in wanted if not self.entries[entry]]
         left += [("exclude_modules", entry) for entry, count in self.exclusions.items() if not count]
+        left += [("modules_to_save", entry) for entry in self.unsaved]
         return [f"{entry!r} in {where} matches nothing{_hint(entry, names)}" for where, entry in left]
 
     def __str__(self) -> str:
@@ -137,7 +145,8 @@ def make_plan(
     config = _prepared(chooser, config, model_config)
     if wants_all_linear(config):
         config.target_modules = _all_linear(model, config)  # type: ignore[attr-defined]
-    matcher = _Matcher(config, chooser)
+    whole = WholeModules(model, config)
+    matcher = _Matcher(config, chooser, whole)
     if state_keys is not None:
         _refuse_target_parameters(config)
         matcher.only_in(keys_in_state(model, state_keys, entries, prefix))
@@ -154,12 +163,21 @@ def make_plan(
                 targets[spot] = dataclasses.replace(known, places=(*known.places, (parent, name)))
             continue
         if verdict == "adapted":
+            whole.check_free(key)
             targets[spot] = Target(key, module, ((parent, name),), parameter)
         if parameter is None:
             decisions.append(Decision(key, type(bare(module)).__name__, verdict, reason))
         elif verdict == "adapted":
             decisions.append(Decision(f"{key}.{parameter}", "Parameter", verdict, reason))
-    plan = Plan(config, tuple(decisions), dict(matcher.entries), dict(matcher.exclusions), tuple(targets.values()))
+    plan = Plan(
+        config,
+        tuple(decisions),
+        dict(matcher.entries),
+        dict(matcher.exclusions),
+        tuple(targets.values()),
+        whole.modules,
+        tuple(whole.unmatched()),
+    )
     if not targets:
         raise NoMatchingPeftModuleError(_nothing_matched(model, plan, state_keys is not None))
     return plan
@@ -210,9 +228,10 @@ def _refuse_target_parameters(config: PeftConfig) -> None:
 class _Matcher:
     """Asks the method about each module and counts what its entries matched."""
 
-    def __init__(self, config: PeftConfig, chooser: Chooser) -> None:
+    def __init__(self, config: PeftConfig, chooser: Chooser, whole: WholeModules) -> None:
         self.config = config
         self.chooser = chooser
+        self.whole = whole
         self.only: set[str] | None = None
         self.excluded = getattr(config, "exclude_modules", None)
         self.parameters = frozenset(getattr(config, "target_parameters", None) or ())
@@ -233,10 +252,21 @@ class _Matcher:
 
     def decide(self, key: str, parameter: str | None) -> tuple[Verdict, str]:
         """Say whether a module is adapted, or one parameter of it, and why."""
+        holder = self.whole.holder(key)
         if parameter is not None:
             key = f"{key}.{parameter}"
             named = match_name(self.parameters, key)
-            return ("adapted", self._count(self.entries, named, key)) if named else ("not matched", "")
+            reason = self._count(self.entries, named, key) if named else ""
+            if named and holder:
+                return "excluded", f"in {holder!r}, which is copied"
+            return ("adapted" if named else "not matched"), reason
+        if holder is not None:
+            meant = self.only is None and match_name(getattr(self.config, "target_modules", None), key)
+            if meant:
+                self._count(self.entries, meant, key)
+            if holder == key:
+                return "copied", "modules_to_save"
+            return ("excluded", f"in {holder!r}, which is copied") if meant else ("not matched", "")
         if self.only is not None:
             return ("adapted", "in the state dict") if key in self.only else ("not matched", "")
         found = self.chooser._check_target_module_exists(self.config, key)
@@ -279,7 +309,7 @@ def _parameters(model: nn.Module, config: PeftConfig) -> Iterable[tuple[str, nn.
                 if getattr(layer, "parameter_name", None) == parameter:
                     found, found_parent, found_name = layer, upper, upper_name
                     break
-                upper, upper_name, layer = layer, "base_layer", layer.base_layer
+                upper, upper_name, layer = layer, layer.base_name, getattr(layer, layer.base_name)
             yield key, found, found_parent, found_name, parameter
 
 
@@ -296,9 +326,14 @@ def _nothing_matched(model: nn.Module, plan: Plan, from_state: bool) -> str:
     where = "target_modules" if getattr(plan.config, "target_modules", None) else "target_parameters"
     target = f"{where}={_shown(getattr(plan.config, where))}"
     if any(plan.entries.values()):
+        without = [
+            f"{name}={_shown(left)}"
+            for name in ("exclude_modules", "modules_to_save")
+            if (left := getattr(plan.config, name, None))
+        ]
         return (
             f"{target} matches {sum(plan.entries.values())} modules, and all of them are excluded by "
-            f"exclude_modules={_shown(getattr(plan.config, 'exclude_modules', None))}. Exclude fewer, or target others."
+            f"{' and '.join(without)}. Exclude fewer, or target others."
         )
     return f"{target} matches nothing in the model. {_advice(model, plan, wanted, names)}"
 

@@ -43,7 +43,7 @@ class IA3Config(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None = None
     feedforward_modules: list[str] | set[str] | str | None = None
     fan_in_fan_out: bool = unbuilt(default=False)
-    modules_to_save: list[str] | None = unbuilt(None)
+    modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
 
     _sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "feedforward_modules")

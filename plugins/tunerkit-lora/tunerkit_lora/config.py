@@ -85,7 +85,7 @@ class LoraConfig(PeftConfig):
     fan_in_fan_out: bool = unbuilt(default=False)
     bias: Literal["none", "all", "lora_only"] = unbuilt("none")
     use_rslora: bool = False
-    modules_to_save: list[str] | None = unbuilt(None)
+    modules_to_save: list[str] | None = None
     init_lora_weights: bool | Literal["gaussian"] = True
     layers_to_transform: list[int] | int | None = unbuilt(None)
     layers_pattern: list[str] | str | None = unbuilt(None)
