@@ -85,8 +85,8 @@ class WholeModules:
     def _check(self, key: str, module: nn.Module) -> None:
         if isinstance(module, _NEVER_CALLED):
             msg = (
-                f"modules_to_save means {key!r}, a {type(module).__name__}, which is never called as a whole, so a copy of "
-                f"it would never be run. Name the modules in it: {listing(module._modules, 4)}."
+                f"modules_to_save means {key!r}, a {type(module).__name__}, which is never called as a whole, so a "
+                f"copy of it would never be run. Name the modules in it: {listing(module._modules, 4)}."
             )
             raise UnsupportedSiteError(msg)
         if isinstance(module, ModulesToSaveWrapper):
