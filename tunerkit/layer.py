@@ -188,6 +188,7 @@ class BaseTunerLayer(metaclass=MethodMeta):
             inference_mode: Keep the active ones frozen too.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_together(names)
         trains = [] if inference_mode else [name for name in self.available_adapters if name in names]
         if self._disable_adapters:
             self._trained_before = [tensor for name in trains for tensor in self.trainable_tensors(name)]

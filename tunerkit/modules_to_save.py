@@ -12,7 +12,7 @@ from tunerkit.copied_module import ModulesToSaveWrapper
 from tunerkit.errors import TargetError, UnsupportedSiteError
 from tunerkit.layer import BaseTunerLayer, tuner_layers
 from tunerkit.naming import listing
-from tunerkit.targeting import HEADS, match_name, paths_above, places
+from tunerkit.targeting import HEADS, bare, match_name, paths_above, places
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,7 +95,7 @@ class WholeModules:
         below = above or [f"{key}.{path}" if path else key for path, _ in tuner_layers(module)]
         if below:
             msg = (
-                f"modules_to_save means {key!r} ({type(module).__name__}), and {below[0]!r} has adapters already "
+                f"modules_to_save means {key!r} ({type(bare(module)).__name__}), and {below[0]!r} has adapters already "
                 f"({self._holders(above, module)}), which a copy would take along. Name another module, or take those "
                 "adapters out first with delete_adapter()."
             )

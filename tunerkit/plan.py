@@ -112,7 +112,9 @@ class Plan:
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         left = sum(item.verdict == "not matched" for item in self.decisions)
-        total = f"{len(self.adapted)} of {len(self.decisions)} modules adapted, {left} not matched"
+        copied = sum(item.verdict == "copied" for item in self.decisions)
+        saved = f", {copied} copied" if copied else ""
+        total = f"{len(self.adapted)} of {len(self.decisions)} modules adapted{saved}, {left} not matched"
         return "\n".join([*lines, total, *self.unmatched()])
 
 
