@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import pickle
 import threading
@@ -546,9 +547,11 @@ class TestCopies:
 
     def test_module_that_cannot_be_copied(self):
         base = make_base()
-        base.head.cache = base.head.out.weight * 2
+        base.head.out.cache = base.head.out.weight * 2
         before = Snapshot.of(base)
-        with pytest.raises(UnsupportedSiteError, match=r"The module 'head' \(Head\) cannot be copied \(Only Tensors"):
+        with pytest.raises(
+            UnsupportedSiteError, match=r"'head' \(Head\), whose attribute 'out.cache' is a tensor that was computed"
+        ):
             get_peft_model(base, lora())
         assert before.differences(base) == []
 
@@ -720,8 +723,8 @@ class TestRefusals:
         with pytest.raises(TargetError) as caught:
             model.add_adapter("b", IA3Config(target_modules=[target], feedforward_modules=[]))
         assert str(caught.value) == (
-            f"The module {target!r} cannot be adapted: 'default' trains a copy of 'head' as a whole (modules_to_save), and "
-            "a copy has no adapters in it. Exclude the module, or put it into modules_to_save of this adapter too."
+            f"The module {target!r} cannot be adapted: 'default' trains a copy of 'head' as a whole (modules_to_save), "
+            "and a copy has no adapters in it. Exclude the module, or put it into modules_to_save of this adapter too."
         )
         assert before.differences(model) == []
 
@@ -746,7 +749,7 @@ NAMES = st.sampled_from(
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_whatever_things_are_called_they_come_back(tmp_path_factory, data):
     taken = frozenset(dir(nn.Module())) | {"x"}
     outer, target, saved = (data.draw(NAMES) for _ in range(3))
@@ -794,4 +797,4 @@ def test_whatever_things_are_called_they_come_back(tmp_path_factory, data):
         loaded.set_adapter(name)
         outputs.append(run(model))
         assert torch.equal(run(loaded), outputs[-1])
-    assert all((one - other).abs().max() > 1e-3 for one, other in zip(outputs, outputs[1:], strict=False))
+    assert all((one - other).abs().max() > 1e-3 for one, other in itertools.pairwise(outputs))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from tunerkit.errors import AdapterStateError, MergeError, UnsupportedSiteError
+from tunerkit.errors import AdapterStateError, MergeError
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
@@ -91,19 +91,8 @@ class CopiedModule(nn.Module, BaseTunerLayer):
     # Adapters
 
     def add_copy(self, name: str) -> None:
-        """Give an adapter a copy of the original; it is not active yet.
-
-        Raises:
-            UnsupportedSiteError: The module cannot be copied.
-        """
-        try:
-            self._container[name] = copy.deepcopy(self.get_base_layer())
-        except (RuntimeError, TypeError) as error:
-            msg = (
-                f"The module {self._name!r} ({type(self.get_base_layer()).__name__}) cannot be copied ({error}), so no "
-                "adapter can have a copy of its own. Name a module that copy.deepcopy can copy."
-            )
-            raise UnsupportedSiteError(msg) from error
+        """Give an adapter a copy of the original; it is not active yet."""
+        self._container[name] = copy.deepcopy(self.get_base_layer())
 
     def trainable_tensors(self, name: str) -> Iterator[Tensor]:
         """Go through the parameters of a copy, all of which train when its adapter does."""

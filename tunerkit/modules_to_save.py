@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from tunerkit.copied_module import ModulesToSaveWrapper
 from tunerkit.errors import TargetError, UnsupportedSiteError
@@ -100,6 +100,16 @@ class WholeModules:
                 "adapters out first with delete_adapter()."
             )
             raise UnsupportedSiteError(msg)
+        for path, inner in module.named_modules():
+            for name, value in inner.__dict__.items():
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    where = f"{path}.{name}" if path else name
+                    msg = (
+                        f"modules_to_save means {key!r} ({type(module).__name__}), whose attribute {where!r} is a tensor "
+                        "that was computed from others (as weight normalisation does), and torch cannot copy such a "
+                        "module. Name another, or make it a parameter first."
+                    )
+                    raise UnsupportedSiteError(msg)
 
     def _holders(self, above: list[str], module: nn.Module) -> str:
         layers = [self._layers[above[0]]] if above else [layer for _, layer in tuner_layers(module)]

@@ -29,7 +29,7 @@ class IA3Config(PeftConfig):
             their endings, or a regex. If not given, what the type of a transformers model calls for. If this and
             `target_modules` are lists, each entry must be able to mean a targeted module.
         fan_in_fan_out: Whether the weights are stored in x out. *(not built)*
-        modules_to_save: Modules to train and save as a whole. *(not built)*
+        modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_ia3_weights: Whether the factors start at one, so that training starts from the base model; otherwise they
             are drawn from a normal distribution, for tests.
 

@@ -42,7 +42,7 @@ class LoraConfig(PeftConfig):
         fan_in_fan_out: Whether the weights are stored in x out. *(not built)*
         bias: Which biases of the base are trained too. *(not built)*
         use_rslora: Whether `scaling` is divided by the root of the rank rather than by the rank.
-        modules_to_save: Modules to train and save as a whole. *(not built)*
+        modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
             standard deviation `1 / r`, `B` zero. `False`: both as PyTorch starts a linear layer, so that the adapter
             changes the output at once; for tests.
