@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.config import PeftConfig, PeftType, TaskType, get_peft_config
+from tunerkit.copied_module import ModulesToSaveWrapper
 from tunerkit.errors import NoMatchingPeftModuleError, TunerkitError, TunerkitWarning
 from tunerkit.functional import (
     cast_adapter_dtype,
@@ -23,16 +24,33 @@ from tunerkit.plan import Plan
 from tunerkit.plugins import register
 from tunerkit.plugins.hooks import hookimpl
 from tunerkit.plugins.method import Method
+from tunerkit.task_models import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from tunerkit.tuner import BaseTuner, plan
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "BaseTuner",
     "BaseTunerLayer",
     "LoadReport",
     "Method",
+    "ModulesToSaveWrapper",
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
     "Plan",
     "TaskType",

@@ -17,13 +17,12 @@ from tunerkit.adapter import Adapter
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.errors import CheckpointError
 from tunerkit.journal import Journal
-from tunerkit.layer import tuner_layers
+from tunerkit.layer import BaseTunerLayer, entry_name, tuner_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from tunerkit.adapter import Part
-    from tunerkit.layer import BaseTunerLayer
 
 PREFIX = "base_model.model."
 
@@ -51,9 +50,9 @@ class Piece:
         return f"{self.path}.{local}" if self.path else local
 
     def named(self, local: str) -> str:
-        """Return a tensor's name below the holder: the adapter's name stands after the entry."""
-        entry, dot, rest = local.partition(".")
-        return f"{entry}.{self.name}{dot}{rest}"
+        """Return a tensor's name below the holder."""
+        naming = self.holder.tensor_name if isinstance(self.holder, BaseTunerLayer) else entry_name
+        return naming(local, self.name)
 
     def in_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors of this piece in the form of a checkpoint."""
