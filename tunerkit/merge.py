@@ -152,10 +152,10 @@ def _check(model: nn.Module, layers: Sequence[BaseTunerLayer], names: Sequence[s
     for layer in layers:
         if isinstance(layer, AdaptedLayer):
             merge_order(layer, names)
-    _check_not_shared(model, names)
+    check_not_shared(model, names)
 
 
-def _check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
+def check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
     """Refuse to merge into a module that also stands where the adapters do not apply, or where others do."""
     holders: dict[int, dict[int, str]] = {}
     targets: list[tuple[int, int]] = []
