@@ -12,7 +12,7 @@ import torch
 from tunerkit.checkpoint.files import WEIGHTS_NAME, read_config, read_metadata
 from tunerkit.checkpoint.folder import check_folder
 from tunerkit.config import PeftConfig
-from tunerkit.errors import TunerkitError, UnknownMethodError
+from tunerkit.errors import TunerkitError
 from tunerkit.naming import method_id, package_name
 from tunerkit.offline.fitting import Fit, match
 from tunerkit.offline.keys import Owner, by_number, entries_of, owner_of
@@ -172,9 +172,6 @@ def _method_of(values: Mapping[str, Any]) -> tuple[LoadedMethod | None, MethodIn
         return None, MethodInfo(kind, None, None, None, str(error))
     try:
         method = get_method(name)
-    except UnknownMethodError:
-        problem = f"The method is not installed. Install it with: pip install {package_name(name)}"
-        return None, MethodInfo(kind, name, package_name(name), None, problem)
     except TunerkitError as error:
         return None, MethodInfo(kind, name, package_name(name), None, str(error))
     return method, MethodInfo(kind, name, method.distribution, method.version, "")
