@@ -82,14 +82,16 @@ class Fit:
 def attach(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor]) -> BaseTuner:
     """Put an adapter onto a skeleton; its tensors are on the meta device too.
 
-    It goes where the checkpoint's tensors say: the model that it was trained on may have been without some of the
-    modules that the config means, such as a pooler.
+    It goes where the checkpoint's tensors say, if they can: the model that it was trained on may have been without some
+    of the modules that the config means, such as a pooler.
 
     Raises:
         TunerkitError: It cannot be put there.
     """
-    kind = get_method(str(config.peft_type)).method.tuner or BaseTuner
-    by_config = getattr(config, "target_parameters", None)
+    method = get_method(str(config.peft_type)).method
+    kind = method.tuner or BaseTuner
+    # Keys say neither which parameter of a module is meant nor, without the names of a method's entries, which module.
+    by_config = getattr(config, "target_parameters", None) or (method.adapter is None and not kind.prefix)
     tuner = kind(model, config, NAME, low_cpu_mem_usage=True, state_dict=None if by_config else dict(tensors))
     cast_adapter_dtype(tuner, NAME)
     return tuner

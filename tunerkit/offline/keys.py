@@ -56,7 +56,11 @@ def owner_of(key: str, entries: Collection[str], whole: Collection[str] = ()) ->
     parts = below.split(".")
     for index in range(len(parts) - 1, -1, -1):
         if parts[index] in entries:
-            return Owner(".".join(parts[:index]), parts[index])
+            # Layers that adapt parameters of one module stand on one another.
+            path = ".".join(parts[:index])
+            while path.endswith(".base_layer"):
+                path = path.removesuffix(".base_layer")
+            return Owner(path, parts[index])
     named = any(f".{below}.".find(f".{name}.") >= 0 for name in whole)
     if entries or named or len(parts) == 1:
         return Owner(".".join(parts[:-1]), parts[-1], replaces=not shared)
