@@ -53,7 +53,7 @@ def test_an_index_that_does_not_agree_with_its_files(folder):
     with pytest.raises(CheckpointError, match="names tensors that its files lack: 'c'"):
         ModelFolder.open(folder)
     write_index(folder, {"weight_map": {**places, "c": "c.safetensors"}})
-    with pytest.raises(CheckpointNotFoundError, match="names files that are not there: 'c.safetensors'"):
+    with pytest.raises(CheckpointNotFoundError, match=r"names files that are not there: 'c.safetensors'"):
         ModelFolder.open(folder)
     write_index(folder, {"weight_map": places})
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, folder / "b.safetensors")
@@ -82,10 +82,10 @@ def test_a_config_that_may_not_be_read(folder, monkeypatch):
 
 def test_no_config(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointNotFoundError, match="There is no 'config.json' in .* which holds: 'a.safetensors'"):
+    with pytest.raises(CheckpointNotFoundError, match=r"There is no 'config.json' in .* which holds: 'a.safetensors'"):
         ModelFolder.open(folder)
     (folder / "adapter_config.json").touch()
-    with pytest.raises(CheckpointNotFoundError, match="'adapter_config.json' is there, so this is an adapter"):
+    with pytest.raises(CheckpointNotFoundError, match=r"'adapter_config.json' is there, so this is an adapter"):
         ModelFolder.open(folder)
     for path in folder.iterdir():
         path.unlink()
@@ -101,7 +101,7 @@ def test_a_model_with_an_adapter_beside_it(folder):
 
 def test_no_safetensors(folder):
     (folder / INDEX).unlink()
-    with pytest.raises(CheckpointNotFoundError, match="There is neither 'model.safetensors' nor"):
+    with pytest.raises(CheckpointNotFoundError, match=r"There is neither 'model.safetensors' nor"):
         ModelFolder.open(folder)
     (folder / "pytorch_model.bin").touch()
     with pytest.raises(CheckpointNotFoundError, match=r"a pickle.*convert it once: .* `save_pretrained`"):

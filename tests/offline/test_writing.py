@@ -43,9 +43,12 @@ class TestNewFolder:
         assert [path.name for path in out.parent.iterdir()] == ["b"]
 
     def test_nothing_is_left_of_what_fails(self, tmp_path):
-        with pytest.raises(KeyError), new_folder(tmp_path / "a" / "b") as work:
+        def fill(work):
             (work / "x").mkdir()
             raise KeyError
+
+        with pytest.raises(KeyError), new_folder(tmp_path / "a" / "b") as work:
+            fill(work)
         assert list(tmp_path.iterdir()) == []
 
     def test_what_was_there_comes_back_when_the_rename_fails(self, tmp_path, monkeypatch):
@@ -60,8 +63,11 @@ class TestNewFolder:
             return rename(self, target)
 
         monkeypatch.setattr(type(out), "replace", fail)
-        with pytest.raises(
-            CheckpointError, match=r"Permission denied, at '.*out'\). What was there before is unchanged"
-        ), new_folder(out):
+        with (
+            pytest.raises(
+                CheckpointError, match=r"Permission denied, at '.*out'\). What was there before is unchanged"
+            ),
+            new_folder(out),
+        ):
             pass
         assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/old"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunerkit.checkpoint.state import PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection
 
     from tunerkit.plugins import LoadedMethod
 
@@ -54,25 +53,23 @@ def owner_of(key: str, entries: Collection[str], whole: Collection[str] = ()) ->
     shared = below.startswith(f"{_WHOLE}.") and not below.startswith(PREFIX)
     below = below.removeprefix(f"{_WHOLE}." if shared else PREFIX)
     parts = below.split(".")
-    for index in range(len(parts) - 1, -1, -1):
-        if parts[index] in entries:
-            # Layers that adapt parameters of one module stand on one another.
-            path = ".".join(parts[:index])
-            while path.endswith(".base_layer"):
-                path = path.removesuffix(".base_layer")
-            return Owner(path, parts[index])
-    named = any(f".{below}.".find(f".{name}.") >= 0 for name in whole)
-    if entries or named or len(parts) == 1:
-        return Owner(".".join(parts[:-1]), parts[-1], replaces=not shared)
+    at = next((index for index in reversed(range(len(parts))) if parts[index] in entries), None)
+    if at is not None:
+        return Owner(_module(parts[:at]), parts[at])
+    if entries or len(parts) == 1 or any(f".{name}." in f".{below}." for name in whole):
+        return Owner(_module(parts[:-1]), parts[-1], replaces=not shared)
     end = -2 if parts[-1] in ("weight", "bias") else -1
-    return Owner(".".join(parts[:end]), ".".join(parts[end:-1] or parts[end:]))
+    return Owner(_module(parts[:end]), parts[end])
+
+
+def _module(parts: list[str]) -> str:
+    """Return a module's path; layers that adapt several parameters of one module stand on one another."""
+    path = ".".join(parts)
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
 
 
 def by_number(path: str) -> str:
     """Return a path with `*` for its numbers."""
     return re.sub(r"\b\d+\b", "*", path)
-
-
-def grouped(paths: Iterable[str]) -> dict[str, int]:
-    """Count paths that differ in their numbers only."""
-    return dict(Counter(map(by_number, paths)))
