@@ -140,6 +140,16 @@ class TestWhatIsWritten:
             check_equal(AutoModel, out, ids, peft)
         assert [key.rpartition(".")[2] for key in report.merged] == ["bias", "bias"]
 
+    def test_a_bias_that_the_files_leave_out_and_the_adapter_leaves_alone(self, saved, adapted, out, bert_config):
+        base = saved(BertModel(bert_config))
+        lacking = "encoder.layer.0.attention.self.value.bias"
+        tensors = tensors_of(base)
+        del tensors[lacking]
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        adapter, _ = adapted(BertModel(bert_config).eval(), LoraConfig(r=2, target_modules=["value"]))
+        assert len(merge_folder(base, adapter, out).merged) == 2
+        assert tensors_of(out).keys() == tensors.keys()
+
     def test_parameters_of_one_module(self, saved, out, ids, tmp_path):
         """Transformers fuses Mixtral's experts when it loads them, so what is adapted is not in the files."""
         config = MixtralConfig(

@@ -60,6 +60,18 @@ def test_names(llama, saved):
     assert names.parameter("nowhere.weight") == ("nowhere.weight", False)
 
 
+def test_a_key_that_the_model_has_as_it_is_keeps_its_name(llama, saved, monkeypatch):
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    folder = saved(llama())
+    renamings = [WeightRenaming("norm.weight", "old.weight"), WeightRenaming("head.weight", "lm_head.weight")]
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: renamings)
+    names = open_skeleton(folder, {}, []).names()
+    assert names.parameter("model.norm.weight") == ("model.norm.weight", False)
+    assert names.parameter("head.weight") == ("lm_head.weight", False)
+
+
 def test_a_config_that_says_more_than_that_nothing_is_tied(llama, saved):
     folder = saved(llama(tied=True))
     skeleton = open_skeleton(folder, {}, [])

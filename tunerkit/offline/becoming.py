@@ -78,9 +78,6 @@ def decide(folder: ModelFolder, skeleton: Skeleton, names: Names, tuner: BaseTun
     modules: dict[int, list[AdaptedLayer]] = {}
     for path, layer in tuner_layers(tuner.model):
         modules.setdefault(id(layer.get_base_layer()), []).append(_mergeable(path, layer))
-    if not modules:
-        msg = f"The adapter changes no weight of the model, so there is nothing to merge. {_INSTEAD}"
-        raise MergeError(msg)
     folded = tuple(_folded(layers, known) for layers in modules.values())
     tied = [
         one.results[local] for one in folded for local, key in one.sources.items() if known.is_tied(one, local, key)
