@@ -222,6 +222,7 @@ def _count_patterns(config: PeftConfig, paths: list[str]) -> dict[str, dict[str,
 
 def _count_fits(setting: str, entry: str, paths: list[str]) -> int:
     try:
+        re.compile(entry)  # by itself, so that the message says the right position
         return sum(match_pattern(entry, path) for path in paths)
     except re.error as error:
         msg = (
