@@ -84,9 +84,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return batch x length x 3."""
         hidden = self.layer(x)
-        found, _ = self.cross(
-            query=torch.tanh(x).transpose(0, 1), key=hidden.transpose(0, 1), value=hidden.transpose(0, 1)
-        )
+        # Contiguous, for torch multiplies others in a way that depends on whether the weight trains.
+        memory = hidden.transpose(0, 1).contiguous()
+        found, _ = self.cross(torch.tanh(memory), memory, value=memory)
         return self.head(torch.tanh(hidden + 3 * found.transpose(0, 1)))  # type: ignore[no-any-return]
 
 
