@@ -71,6 +71,7 @@ class Embeddings(nn.Module):
 class Attention(nn.Module):
     """A layer that attends to its own input, and one that attends to something else, without biases."""
 
+    kind: ClassVar[str] = "attention"
     targets: ClassVar[dict[str, list[str]]] = {"target_modules": ["near", "far"]}
 
     def __init__(self) -> None:
