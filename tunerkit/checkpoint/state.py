@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from tunerkit.adapter import Part
+    from tunerkit.layer import BaseTunerLayer
 
 PREFIX = "base_model.model."
 
@@ -70,7 +71,7 @@ def pieces(model: nn.Module, name: str, prefix: str, parts: Mapping[str, Part], 
         tuner: Where those parts are visible in the module tree.
     """
     found = []
-    for path, layer in tuner_layers(model):
+    for path, layer in _levels(model, name):
         tensors = layer.adapter_tensors(name)
         if tensors:
             adapter = layer.adapters.get(name) if isinstance(layer, AdaptedLayer) else None
@@ -80,6 +81,35 @@ def pieces(model: nn.Module, name: str, prefix: str, parts: Mapping[str, Part], 
     if name in parts and tuner is not None:
         found.append(Piece(prefix.partition(".")[0], tuner, name, parts[name].state_dict(keep_vars=True)))
     return found
+
+
+def _levels(model: nn.Module, name: str) -> list[tuple[str, BaseTunerLayer]]:
+    """Return the layers with an adapter, by the paths that they would have in a model without other adapters.
+
+    Layers of several parameters of a module stand on one another: in the order of the parameters where one adapter made
+    them, and in whatever order others were added where they are of several.
+    """
+    layers = dict(tuner_layers(model))
+    held = {path: layer for path, layer in layers.items() if name in layer.available_adapters}
+    paths: dict[int, list[str]] = {}
+    stacks: dict[int, list[BaseTunerLayer]] = {}
+    for path, layer in held.items():
+        parts = path.split(".")
+        above = [".".join(parts[:index]) for index in range(len(parts))]
+        kept = [part for part, upper in zip(parts, above, strict=True) if upper not in layers or upper in held]
+        paths.setdefault(id(layer.get_base_layer()), []).append(".".join(kept))
+        stacks.setdefault(id(layer.get_base_layer()), []).append(layer)
+    return [
+        (path, layer)
+        for base, stack in stacks.items()
+        for path, layer in zip(paths[base], sorted(stack, key=_order, reverse=True), strict=True)
+    ]
+
+
+def _order(layer: BaseTunerLayer) -> int:
+    """Return which of its module's parameters a layer is for; -1 if it is for the module."""
+    name = layer.parameter_name if isinstance(layer, AdaptedLayer) else None
+    return -1 if name is None else list(layer.get_base_layer()._parameters).index(name)
 
 
 def collect(
