@@ -48,7 +48,7 @@ WHOLE = {
     "with itself": lambda w: w + w[2],
     "dtype": lambda w: w.to(torch.float64),
     "by name": lambda w: torch.sum(input=w, dim=0),
-    "function of its own": lambda w: Square.apply(w),
+    "function of its own": lambda w: 2 * Square.apply(w),
 }
 
 

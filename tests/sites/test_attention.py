@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import types
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
-from tunerkit import Method, PeftConfig, get_peft_model, plan, register
+from tunerkit import Method, PeftConfig, get_peft_model, plan, plugins, register
 from tunerkit.adapter import Adapter
 from tunerkit.errors import UnsupportedSiteError
 from tunerkit.sites import AttentionSite, LinearSite, OutputProjectionSite, make_site
@@ -65,6 +68,14 @@ def test_output_projection(attention):
     assert LinearSite.alone(nn.Linear(2, 2)) is None
 
 
+@dataclass
+class Config(PeftConfig):
+    peft_type: str | None = "TEST_HALF"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | None = None
+    target_parameters: list[str] | None = None
+
+
 class TestPlan:
     """With a method of its own, for attention layers and linear ones."""
 
@@ -78,24 +89,16 @@ class TestPlan:
         unfoldable = "it is not linear"
 
     @pytest.fixture
-    def config(self):
-        import dataclasses
+    def use(self):
+        def registered(adapter):
+            register("test-half", types.SimpleNamespace(method=Method(config=Config, adapter=adapter)))
+            return Config
 
-        @dataclasses.dataclass
-        class Config(PeftConfig):
-            peft_type: str | None = "TEST_HALF"
-            target_modules: list[str] | str | None = None
-            exclude_modules: list[str] | None = None
-            target_parameters: list[str] | None = None
+        yield registered
+        plugins.unregister("test-half")
 
-        return Config
-
-    def use(self, config, adapter):
-        register("test-half", Method(config=config, adapter=adapter))
-        return config
-
-    def test_reasons(self, config, attention):
-        made = self.use(config, self.Half)
+    def test_reasons(self, use, attention):
+        made = use(self.Half)
         model = nn.ModuleDict({"attn": attention, "lin": nn.Linear(8, 8)})
         found = plan(model, made(target_modules=["attn", "lin"]))
         assert {item.name: item.reason for item in found.decisions} == {
@@ -106,30 +109,22 @@ class TestPlan:
         assert plan(model, made(target_modules=["attn"], exclude_modules=["out_proj"])).adapted == ["attn"]
         assert plan(model, made(target_modules="attn.*")).adapted == ["attn", "attn.out_proj"]
 
-    def test_a_shared_layer(self, config, attention, x):
+    def test_a_shared_layer(self, use, attention, x):
+        plain = nn.MultiheadAttention(8, 2)
+        plain.load_state_dict({k: v / 2 if v.dim() == 2 else v for k, v in attention.state_dict().items()})
         model = nn.ModuleDict({"first": attention, "second": attention})
-        adapted = get_peft_model(model, self.use(config, self.Half)(target_modules=["first", "second"]))
+        adapted = get_peft_model(model, use(self.Half)(target_modules=["first", "second"]))
         found = adapted.base_model.model
         assert found["first"] is found["second"]
         assert found["first"].base_layer.out_proj.available_adapters == ["default"]
-        plain = nn.MultiheadAttention(8, 2)
-        plain.load_state_dict(
-            attention.state_dict()
-            if not hasattr(attention.out_proj, "base_layer")
-            else {
-                "in_proj_weight": attention.in_proj_weight / 2,
-                "in_proj_bias": attention.in_proj_bias,
-                "out_proj.weight": attention.out_proj.base_layer.weight / 2,
-                "out_proj.bias": attention.out_proj.base_layer.bias,
-            }
-        )
+        assert not hasattr(found["first"].base_layer.out_proj.base_layer, "base_layer")
         torch.testing.assert_close(found["second"](x, x, x)[0], plain(x, x, x)[0])
 
     @pytest.mark.parametrize(
         "targets", [{"target_modules": ["attn"]}, {"target_modules": [], "target_parameters": ["attn.in_proj_weight"]}]
     )
-    def test_no_merged_form(self, config, attention, targets):
-        made = self.use(config, self.NoForm)
+    def test_no_merged_form(self, use, attention, targets):
+        made = use(self.NoForm)
         model = nn.ModuleDict({"attn": attention})
         with pytest.raises(
             UnsupportedSiteError, match=r"'attn' cannot be adapted by 'test-half'.*\(it is not linear\)"
@@ -137,10 +132,10 @@ class TestPlan:
             get_peft_model(model, made(**targets))
         assert model["attn"] is attention
 
-    def test_other_methods_are_not_concerned(self, config, attention):
+    def test_other_methods_are_not_concerned(self, use, attention):
         class OnlyLinear(self.Half):
             kinds = frozenset({"embedding"})
 
-        made = self.use(config, OnlyLinear)
+        made = use(OnlyLinear)
         with pytest.raises(UnsupportedSiteError, match="adapts embeddings only"):
             get_peft_model(nn.ModuleDict({"attn": attention}), made(target_modules=["attn"]))

@@ -27,7 +27,7 @@ class Model(nn.Module):
         self.head = nn.Linear(width, 3)
         self.arguments = arguments or {}
         # Frozen: torch multiplies in another order where a weight trains.
-        self.requires_grad_(False)
+        self.requires_grad_(requires_grad=False)
 
     def forward(self, query, key=None, value=None, **kwargs):
         key = query if key is None else key
@@ -44,7 +44,7 @@ def moved(model, seed=0):
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if ".lora_" in name:
-                tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+                tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.3)
     return model.eval()
 
 
@@ -185,6 +185,28 @@ class TestCalls:
         assert layer.base_layer.in_proj_weight.grad is None
 
 
+class TestPeft:
+    """What PEFT does to its layers in a forward, and leaves out of it."""
+
+    def test_it_replaces_parameters(self):
+        theirs = moved(peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["attn"])))
+        base = theirs.base_model.model.attn.base_layer
+        before = base.in_proj_weight, base.in_proj_weight.clone()
+        theirs(torch.randn(4, 2, 8))
+        assert base.in_proj_weight is not before[0]
+        assert not torch.equal(base.in_proj_weight, before[1])
+
+    def test_it_leaves_out_the_bias_of_the_input_projections(self):
+        theirs = moved(peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["attn"], lora_bias=True)))
+        ours = moved(tunerkit.get_peft_model(Model(), config(lora_bias=True)))
+        x = torch.randn(4, 2, 8)
+        for model, moves in ((theirs, False), (ours, True)):
+            before = run(model, {"query": x})
+            with torch.no_grad():
+                model.base_model.model.attn.lora_B["default"].bias += 1
+            assert ((run(model, {"query": x}) - before).abs().max() > 1e-3) == moves
+
+
 class TestEncoder:
     """Torch's encoder reads the parameters and does not call the layer, in evaluation without gradients."""
 
@@ -192,7 +214,7 @@ class TestEncoder:
     def base(self):
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=12, dropout=0.0, batch_first=True)
-        return nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 2)}).requires_grad_(False).eval()
+        return nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 2)}).requires_grad_(requires_grad=False).eval()
 
     @pytest.fixture
     def x(self):

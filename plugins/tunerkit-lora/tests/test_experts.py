@@ -66,7 +66,7 @@ def moved(model, seed=0):
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if ".lora_" in name:
-                tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+                tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.3)
     return model.eval()
 
 
