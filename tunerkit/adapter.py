@@ -116,7 +116,10 @@ class Adapter(nn.Module):
             setattr(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float32, device=device))
 
     def to_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return this adapter's tensors in the form in which a checkpoint holds them, by their keys below the layer."""
+        """Return this adapter's tensors in the form in which a checkpoint holds them, by their keys below the layer.
+
+        Where that is the form in which it holds them itself, the very dict is returned.
+        """
         return tensors
 
     def from_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.adapter import Adapter
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.errors import CheckpointError
 from tunerkit.journal import Journal
@@ -22,7 +21,7 @@ from tunerkit.layer import BaseTunerLayer, entry_name, tuner_layers
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from tunerkit.adapter import Part
+    from tunerkit.adapter import Adapter, Part
 
 PREFIX = "base_model.model."
 
@@ -36,7 +35,7 @@ class Piece:
         holder: The layer, or the tuner for the model-wide part.
         name: The adapter's name.
         tensors: Its tensors by their key below `path`.
-        adapter: The adapter, if it is one that knows a form of its own for checkpoints.
+        adapter: The adapter, if a checkpoint holds its tensors in another form than it does.
     """
 
     path: str
@@ -69,7 +68,7 @@ def pieces(model: nn.Module, name: str, prefix: str, parts: Mapping[str, Part], 
         parts: The model-wide parts by adapter name.
         tuner: Where those parts are visible in the module tree.
     """
-    layers = ((path, layer) for path, layer in tuner_layers(model) if layer.adapter_tensors(name))
+    layers = ((path, layer) for path, layer in _levels(model, name) if layer.adapter_tensors(name))
     found = [piece_of(path, layer, name, prefix) for path, layer in layers]
     if name in parts and tuner is not None:
         found.append(Piece(prefix.partition(".")[0], tuner, name, parts[name].state_dict(keep_vars=True)))
@@ -85,10 +84,40 @@ def piece_of(path: str, layer: BaseTunerLayer, name: str, prefix: str) -> Piece:
         name: The adapter's name.
         prefix: What stands before the layers' paths in keys.
     """
+    tensors = layer.adapter_tensors(name)
     adapter = layer.adapters.get(name) if isinstance(layer, AdaptedLayer) else None
-    own = adapter if adapter is not None and type(adapter).to_checkpoint is not Adapter.to_checkpoint else None
+    own = adapter if adapter is not None and adapter.to_checkpoint(tensors) is not tensors else None
     clean = f"{prefix}{path}.".replace("_orig_mod.", "").removesuffix(".")
-    return Piece(clean, layer, name, layer.adapter_tensors(name), own)  # type: ignore[arg-type]
+    return Piece(clean, layer, name, tensors, own)  # type: ignore[arg-type]
+
+
+def _levels(model: nn.Module, name: str) -> list[tuple[str, BaseTunerLayer]]:
+    """Return the layers with an adapter, by the paths that they would have in a model without other adapters.
+
+    Layers of several parameters of a module stand on one another: in the order of the parameters where one adapter made
+    them, and in whatever order others were added where they are of several.
+    """
+    layers = dict(tuner_layers(model))
+    held = {path: layer for path, layer in layers.items() if name in layer.available_adapters}
+    paths: dict[int, list[str]] = {}
+    stacks: dict[int, list[BaseTunerLayer]] = {}
+    for path, layer in held.items():
+        parts = path.split(".")
+        above = [".".join(parts[:index]) for index in range(len(parts))]
+        kept = [part for part, upper in zip(parts, above, strict=True) if upper not in layers or upper in held]
+        paths.setdefault(id(layer.get_base_layer()), []).append(".".join(kept))
+        stacks.setdefault(id(layer.get_base_layer()), []).append(layer)
+    return [
+        (path, layer)
+        for base, stack in stacks.items()
+        for path, layer in zip(paths[base], sorted(stack, key=_order, reverse=True), strict=True)
+    ]
+
+
+def _order(layer: BaseTunerLayer) -> int:
+    """Return which of its module's parameters a layer is for; -1 if it is for the module."""
+    name = layer.parameter_name if isinstance(layer, AdaptedLayer) else None
+    return -1 if name is None else list(layer.get_base_layer()._parameters).index(name)
 
 
 def collect(

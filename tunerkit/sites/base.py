@@ -6,7 +6,6 @@ with other parameters in place of its own. A method that is a formula on that ma
 
 from __future__ import annotations
 
-import copy
 import math
 from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -119,9 +118,7 @@ class Site:
 
     def at(self, module: nn.Module) -> Site:
         """Return this site with another module in the layer's place: FSDP, quantisers and offloaders change it."""
-        other = copy.copy(self)
-        other.module = module
-        return other
+        return type(self)(module, self.name)
 
     @classmethod
     def takes(cls, module: nn.Module) -> str | None:

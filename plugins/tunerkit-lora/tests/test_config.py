@@ -34,7 +34,6 @@ UNBUILT = {
     "qalora_group_size": 8,
     "monteclora_config": {"num_samples": 4},
     "layer_replication": [(0, 2), (1, 3)],
-    "target_parameters": ["head.weight"],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 0.1},
@@ -53,6 +52,7 @@ BUILT = {
     "rank_pattern": {"head": 2},
     "alpha_pattern": {"head": 2.5},
     "lora_bias": True,
+    "target_parameters": ["experts.up"],
     "task_type": "CAUSAL_LM",
     "revision": "main",
 }
