@@ -5,39 +5,59 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from tunerkit.base_state import get_base_model_state_dict, set_base_model_state_dict
 from tunerkit.checkpoint.report import LoadReport
-from tunerkit.config import PeftConfig, PeftType, TaskType, get_peft_config
-from tunerkit.errors import NoMatchingPeftModuleError, TunerkitError, TunerkitWarning
+from tunerkit.config import PeftConfig, PeftType, TaskType, check_if_peft_model, get_peft_config
+from tunerkit.errors import NoMatchingPeftModuleError, PeftError, PeftWarning, TunerkitError, TunerkitWarning
 from tunerkit.functional import (
     cast_adapter_dtype,
+    delete_adapter,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     load_peft_weights,
+    set_adapter,
     set_peft_model_state_dict,
+    set_requires_grad,
     use_adapter,
 )
 from tunerkit.layer import BaseTunerLayer
-from tunerkit.model import PeftModel, get_peft_model
+from tunerkit.mappings import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from tunerkit.model import PeftMixedModel, PeftModel, get_peft_model
 from tunerkit.plan import Plan
 from tunerkit.plugins import register
 from tunerkit.plugins.hooks import hookimpl
 from tunerkit.plugins.method import Method
+from tunerkit.preparation import cast_mixed_precision_params, prepare_model_for_kbit_training
+from tunerkit.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from tunerkit.tuner import BaseTuner, plan
 
 __all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "BaseTuner",
     "BaseTunerLayer",
     "LoadReport",
     "Method",
     "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftError",
+    "PeftMixedModel",
     "PeftModel",
     "PeftType",
+    "PeftWarning",
     "Plan",
     "TaskType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
     "TunerkitError",
     "TunerkitWarning",
     "cast_adapter_dtype",
+    "cast_mixed_precision_params",
+    "check_if_peft_model",
+    "delete_adapter",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
@@ -45,8 +65,12 @@ __all__ = [
     "inject_adapter_in_model",
     "load_peft_weights",
     "plan",
+    "prepare_model_for_kbit_training",
     "register",
+    "set_adapter",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "set_requires_grad",
     "use_adapter",
 ]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tunerkit.adapter import AdditiveAdapter
-from tunerkit.errors import AdapterStateError, MergeError, RouteError
-from tunerkit.folding import Merged, Stacked, fold, merge_order
+from tunerkit.errors import AdapterStateError, MergeError, RouteError, UnknownAdapterError
+from tunerkit.folding import Merged, Stacked, delta_weight, fold, merge_order
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.names import PerAdapter, expose, withdraw
 from tunerkit.naming import listing
@@ -270,11 +270,30 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._settle()
         return originals
 
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return by how much an adapter alone changes the base layer's weight, in the form the layer stores it.
+
+        Raises:
+            UnknownAdapterError: The layer has no such adapter.
+            MergeError: The adapter has no merged form.
+        """
+        if adapter_name not in self._adapters:
+            msg = (
+                f"The layer {self._site.name!r} has no adapter {adapter_name!r}; it has "
+                f"{listing(self.available_adapters)}."
+            )
+            raise UnknownAdapterError(msg)
+        return delta_weight(self.bare_site, self._adapters[adapter_name], adapter_name)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter adds something to the weight, so that it can be turned into a low-rank one."""
         return isinstance(self._adapters.get(adapter_name), AdditiveAdapter)
 
     # nn.Module
+
+    def _get_name(self) -> str:
+        """Return what a printed model calls the layer: its methods and the class of its base, `lora.Linear`."""
+        return f"{'+'.join(sorted(self.methods))}.{type(self.get_base_layer()).__name__}"
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set training mode, for the adapters too, which stand outside the module tree."""

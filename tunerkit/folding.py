@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
+from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import MergeError
 from tunerkit.naming import listing
 
@@ -184,6 +185,25 @@ def fold(site: Site, bare: Site, adapters: Sequence[Adapter], *, safe: bool) -> 
             if tensor is not None and tensor.data_ptr() == _pointer(site.owner._parameters.get(name)):
                 tensors[name] = tensor.clone()
     return tensors
+
+
+def delta_weight(bare: Site, adapter: Adapter, name: str) -> Tensor:
+    """Return by how much an adapter alone changes the weight of the bare layer, in the form the layer stores it.
+
+    With a base of half precision it is computed in float32 and not rounded.
+
+    Raises:
+        MergeError: The adapter has no merged form.
+    """
+    if adapter.unfoldable is not None:
+        msg = f"The adapter {name!r} on {bare.name!r} does not change its weight: {adapter.unfoldable}."
+        raise MergeError(msg)
+    if bare.dtype in (torch.float16, torch.bfloat16):
+        bare = bare.with_parameters({bare.weight_name: bare.stored.float()})
+    weight = bare.weight
+    delta = adapter.delta(bare) if isinstance(adapter, AdditiveAdapter) else adapter.merged(bare)[0] - weight
+    stored = bare.to_stored(delta.reshape(weight.shape), None)[bare.weight_name]
+    return cast("Tensor", stored)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

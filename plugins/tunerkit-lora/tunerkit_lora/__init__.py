@@ -22,4 +22,4 @@ class LoraModel(BaseTuner, method="lora"):
     target_module_mapping = DEFAULT_TARGETS
 
 
-method = Method(config=LoraConfig, adapter=LoraAdapter, tuner=LoraModel)
+method = Method(config=LoraConfig, adapter=LoraAdapter, tuner=LoraModel, tags=("lora",))
