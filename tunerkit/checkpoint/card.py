@@ -126,8 +126,8 @@ def _block(head: list[str], key: str) -> tuple[int, int] | None:
         found = _KEY.match(line)
         if found and found[1] == key:
             end = start + 1
-            # Lists may stand as far to the left as their key.
-            while end < len(head) and (not head[end].strip() or head[end][0] in " \t-#"):
+            # Lists, and the bracket that ends one, may stand as far to the left as their key.
+            while end < len(head) and (not head[end].strip() or head[end][0] in " \t-#]"):
                 end += 1
             while not head[end - 1].strip() or head[end - 1].startswith("#"):
                 end -= 1
@@ -187,7 +187,8 @@ def _with_flow_items(block: list[str], new: list[str]) -> list[str]:
     before, _, after = block[last].rpartition("]")
     held = "\n".join([*block[:last], before]).partition("[")[2].strip()
     comma = "" if not held else " " if held.endswith(",") else ", "
-    return [*block[:last], f"{before.rstrip()}{comma}{', '.join(new)}]{after}", *block[last + 1 :]]
+    start = before.rstrip() or " "  # at the line's beginning an item would be taken for the next entry
+    return [*block[:last], f"{start}{comma}{', '.join(new)}]{after}", *block[last + 1 :]]
 
 
 def _values(block: list[str]) -> set[str]:
