@@ -45,20 +45,21 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-class TestGradientCheckpointing:
-    CONFIGS = {"lora": lora, "ia3": lambda: IA3Config(target_modules=["q_proj"], feedforward_modules=[])}
+CONFIGS = {"lora": lora, "ia3": lambda: IA3Config(target_modules=["q_proj"], feedforward_modules=[])}
 
+
+class TestGradientCheckpointing:
     @pytest.mark.parametrize("reentrant", [True, False])
     @pytest.mark.parametrize("method", CONFIGS)
     @pytest.mark.parametrize("when", ["before", "after"])
     def test_gradients_are_the_same(self, method, reentrant, when):
-        plain = get_peft_model(make_llama(), self.CONFIGS[method]())
+        plain = get_peft_model(make_llama(), CONFIGS[method]())
         move(plain, "default")
         expected = gradients(plain)
         base = make_llama()
         if when == "before":
             enable(base, use_reentrant=reentrant)
-        model = get_peft_model(base, self.CONFIGS[method]())
+        model = get_peft_model(base, CONFIGS[method]())
         if when == "after":
             enable(model, use_reentrant=reentrant)
             model.enable_input_require_grads()

@@ -31,28 +31,29 @@ def as_dicts(found):
     return [dataclasses.asdict(item) for item in found]
 
 
+STEPS = {
+    "fresh": lambda model: None,
+    "second adapter": lambda model: model.add_adapter("b", model.peft_config["default"]),
+    "other active": lambda model: model.set_adapter("b"),
+    "frozen": lambda model: model.set_adapter("b", inference_mode=True),
+    "trains in part": lambda model: model.base_model.model[0].lora_A["b"].weight.requires_grad_(True),  # noqa: FBT003
+    "merged": lambda model: model.merge_adapter(["b"]),
+    "merged in part": lambda model: model.base_model.model[0].unmerge(),
+    "unmerged": lambda model: model.base_model.model[2].unmerge(),
+    "switched off in part": lambda model: model.base_model.model[2].enable_adapters(False),  # noqa: FBT003
+    "active in part": lambda model: model.base_model.model[0].set_adapter(["default"]),
+}
+
+
 class TestAgainstPeft:
     """The same steps on both libraries; after each, both say the same of every layer and of the model."""
-
-    STEPS = {
-        "fresh": lambda model: None,
-        "second adapter": lambda model: model.add_adapter("b", model.peft_config["default"]),
-        "other active": lambda model: model.set_adapter("b"),
-        "frozen": lambda model: model.set_adapter("b", inference_mode=True),
-        "trains in part": lambda model: model.base_model.model[0].lora_A["b"].weight.requires_grad_(True),  # noqa: FBT003
-        "merged": lambda model: model.merge_adapter(["b"]),
-        "merged in part": lambda model: model.base_model.model[0].unmerge(),
-        "unmerged": lambda model: model.base_model.model[2].unmerge(),
-        "switched off in part": lambda model: model.base_model.model[2].enable_adapters(False),  # noqa: FBT003
-        "active in part": lambda model: model.base_model.model[0].set_adapter(["default"]),
-    }
 
     def test_lora(self):
         peft = pytest.importorskip("peft", reason="comparing with PEFT needs it")
         mine = get_peft_model(make_base(), lora())
         theirs = peft.get_peft_model(make_base(), peft.LoraConfig(target_modules=["0", "2"], r=2))
         seen = set()
-        for step, change in self.STEPS.items():
+        for step, change in STEPS.items():
             change(mine)
             change(theirs)
             assert as_dicts(mine.get_layer_status()) == as_dicts(theirs.get_layer_status()), step
