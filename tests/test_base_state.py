@@ -133,6 +133,13 @@ class TestWhatDoesNotFit:
         assert (report.missing_keys, report.unexpected_keys) == (["first.bias"], ["more"])
         assert torch.equal(get_base_model_state_dict(model)["first.weight"], Base(seed=1).first.weight)
 
+    def test_peft_loads_a_part(self):
+        peft = pytest.importorskip("peft", reason="comparing with PEFT needs it")
+        theirs = peft.get_peft_model(Base(), peft.LoraConfig(target_modules=["first"], r=2))
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            peft.set_base_model_state_dict(theirs, {**Base(seed=1).state_dict(), "first.weight": torch.zeros(2, 2)})
+        assert torch.equal(theirs.base_model.model.base_layer.weight, Base(seed=1).base_layer.weight)
+
     @pytest.mark.parametrize("value", [torch.zeros(2, 2), {"a": 1}])
     def test_shapes_are_always_refused(self, model, value):
         before = {key: tensor.clone() for key, tensor in get_base_model_state_dict(model).items()}

@@ -366,6 +366,18 @@ class TestCard:
         assert [line for line in both.splitlines() if not line.startswith("- tunerkit")] == text.splitlines()
         assert "- tunerkit 0" in both
 
+    def test_of_an_author_stays(self, tmp_path):
+        """PEFT writes the head anew: the author's comments and tags are gone."""
+        card = "---\n# chosen with care\ntags:\n- mine\n---\nText.\n"
+        for place, library, config in (("mine", tunerkit, PAIRS["lora"][1]), ("theirs", peft, PAIRS["lora"][0])):
+            (tmp_path / place).mkdir()
+            (tmp_path / place / "README.md").write_text(card, encoding="utf-8")
+            library.get_peft_model(make_base(), config()).save_pretrained(tmp_path / place)
+        mine, theirs = ((tmp_path / place / "README.md").read_text(encoding="utf-8") for place in ("mine", "theirs"))
+        assert mine.startswith("---\n# chosen with care\ntags:\n- mine\n- lora\nlibrary_name: peft\n---\nText.\n")
+        assert "chosen with care" not in theirs
+        assert read_head(tmp_path / "theirs")["tags"] == ["lora"]
+
     def test_plain_model(self, tmp_path):
         model = get_peft_model(make_base(), PAIRS["ia3"][1]())
         model.add_adapter("b", PAIRS["lora"][1]())
