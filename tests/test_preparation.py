@@ -210,6 +210,19 @@ class TestKbitTraining:
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         assert model.enabled == 2
 
+    def test_models_that_do_not_say_where_their_embeddings_are(self):
+        class Bare(nn.Linear):
+            is_loaded_in_8bit = True
+            enabled = 0
+
+            def gradient_checkpointing_enable(self):
+                self.enabled += 1
+
+        model = Bare(3, 3)
+        prepare_model_for_kbit_training(model)
+        assert model.enabled == 1
+        assert not model._forward_hooks
+
     def test_no_checkpointing_to_switch_on(self):
         model = Plain().bfloat16()
         model.is_loaded_in_8bit = True

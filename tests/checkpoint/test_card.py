@@ -4,11 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tunerkit.checkpoint import card as cards
 from tunerkit.checkpoint.card import Card, render, update, write_card
+from tunerkit.checkpoint.writing import write_checkpoint
 
 yaml = pytest.importorskip("yaml", reason="the head is read back with it")
 
@@ -256,6 +258,15 @@ class TestWriting:
         with pytest.raises(UnicodeDecodeError):
             write_card(tmp_path, CARD)
         assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe"
+
+    def test_what_a_killed_save_left_goes_with_the_next(self, tmp_path):
+        old, young = (tmp_path / f"README.md.{digit * 32}.tmp" for digit in "ab")
+        for path in (old, young):
+            path.write_text("half", encoding="utf-8")
+        os.utime(old, (0, 0))
+        write_checkpoint(tmp_path, {"peft_type": "X"}, {"a": torch.zeros(1)}, {})
+        assert not old.exists()
+        assert young.exists()
 
     def test_library_is_the_formats(self):
         assert cards.LIBRARY == "peft"
