@@ -37,7 +37,6 @@ CORE, LORA, IA3 = "tunerkit", "tunerkit_lora", "tunerkit_ia3"
 LATER = "not built yet"
 METHOD = "of a method that is not built yet"
 NEVER = {
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": LATER,
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "every method can be mixed",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": METHOD,
     "bloom_model_postprocess_past_key_value": METHOD,
@@ -49,7 +48,9 @@ PLACES = {
         "PeftMixedModel PeftModel PeftType PeftWarning TaskType cast_mixed_precision_params get_base_model_state_dict "
         "get_layer_status get_model_status get_peft_config get_peft_model get_peft_model_state_dict "
         "inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training set_base_model_state_dict "
-        "set_peft_model_state_dict"
+        "set_peft_model_state_dict MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction "
+        "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
+        "PeftModelForTokenClassification"
     ),
     LORA: "LoraConfig LoraModel LoraRuntimeConfig",
     IA3: "IA3Config IA3Model",
@@ -57,8 +58,8 @@ PLACES = {
         "ArrowConfig AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
         "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
         "AutoPeftModelForTokenClassification BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig "
-        "MontecloraConfig PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
-        "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification VeloraConfig "
+        "MontecloraConfig "
+        "VeloraConfig "
         "convert_to_lora create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights "
         "preprocess_loraga replace_lora_weights_loftq save_as_lora"
     ),

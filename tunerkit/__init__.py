@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tunerkit.base_state import get_base_model_state_dict, set_base_model_state_dict
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.config import PeftConfig, PeftType, TaskType, check_if_peft_model, get_peft_config
+from tunerkit.copied_module import ModulesToSaveWrapper
 from tunerkit.errors import NoMatchingPeftModuleError, PeftError, PeftWarning, TunerkitError, TunerkitWarning
 from tunerkit.functional import (
     cast_adapter_dtype,
@@ -20,6 +21,7 @@ from tunerkit.functional import (
     set_requires_grad,
     use_adapter,
 )
+from tunerkit.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.mappings import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from tunerkit.model import PeftMixedModel, PeftModel, get_peft_model
@@ -29,20 +31,37 @@ from tunerkit.plugins.hooks import hookimpl
 from tunerkit.plugins.method import Method
 from tunerkit.preparation import cast_mixed_precision_params, prepare_model_for_kbit_training
 from tunerkit.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from tunerkit.task_models import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from tunerkit.tuner import BaseTuner, plan
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "BaseTuner",
     "BaseTunerLayer",
     "LoadReport",
     "Method",
+    "ModulesToSaveWrapper",
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
     "Plan",
@@ -62,9 +81,12 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "hookimpl",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
     "plan",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "register",
     "set_adapter",

@@ -93,10 +93,10 @@ def _base_key(model: nn.Module, key: str) -> str | None:
     module: nn.Module | None = model
     parts = []
     for part in key.split("."):
-        wrapped = isinstance(module, BaseTunerLayer)
-        if wrapped and part != "base_layer":
-            return None
-        if not wrapped:
+        holder: object = module
+        if not isinstance(holder, BaseTunerLayer):
             parts.append(part)
+        elif part != holder.base_name:
+            return None
         module = module._modules.get(part) if module is not None else None
     return ".".join(parts)

@@ -23,6 +23,10 @@ class KeywordError(ConfigError, TypeError):
     """A call has no such keyword argument, or does not do here what it asks for."""
 
 
+class ArgumentError(TunerkitError, TypeError, ValueError):
+    """An argument of a call has the wrong type or value."""
+
+
 class UnknownMethodError(TunerkitError, KeyError, ValueError):
     """No installed package offers the method."""
 
@@ -63,6 +67,10 @@ class MergeError(AdapterStateError):
     """Adapters cannot be merged as asked."""
 
 
+class CombinationError(TunerkitError, ValueError):
+    """Adapters cannot be combined as asked."""
+
+
 class RouteError(AdapterStateError):
     """A call cannot be routed to the adapters it names."""
 
@@ -89,6 +97,10 @@ class CardWarning(TunerkitWarning):
 
 class TargetWarning(TunerkitWarning):
     """An entry of the config (a target, an exclusion) matched nothing while others did."""
+
+
+class ConfigWarning(TunerkitWarning):
+    """A setting was corrected, or has no effect."""
 
 
 class LoadWarning(TunerkitWarning):

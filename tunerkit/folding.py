@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.adapter import AdditiveAdapter
-from tunerkit.errors import MergeError
+from tunerkit.errors import MergeError, UnknownAdapterError
 from tunerkit.naming import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tunerkit.adapted_layer import AdaptedLayer
     from tunerkit.adapter import Adapter
@@ -59,6 +59,13 @@ class Stacked:
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the layer with these parameters."""
         return self.below.run(x, weight, bias)
+
+
+def stacked(adapters: Sequence[Adapter], below: Below) -> Below:
+    """Return adapters on what is below them, from the lowest up."""
+    for adapter in adapters:
+        below = Stacked(adapter, below)
+    return below
 
 
 class _Given:
@@ -166,9 +173,7 @@ def fold(site: Site, bare: Site, adapters: Sequence[Adapter], *, safe: bool) -> 
         weight, bias = site.weight, site.bias
         if weight.dtype in (torch.float16, torch.bfloat16):
             weight, bias = weight.float(), None if bias is None else bias.float()
-        below: Below = _Given(bare, weight, bias)
-        for adapter in adapters:
-            below = Stacked(adapter, below)
+        below = stacked(adapters, _Given(bare, weight, bias))
         tensors = site.to_stored(below.weight, below.bias)
         # What the adapters leave as it is stays the object it was: an optimiser or another module may hold it.
         for name, unchanged in ((site.weight_name, below.weight is weight), (site.bias_name, below.bias is bias)):
@@ -187,14 +192,19 @@ def fold(site: Site, bare: Site, adapters: Sequence[Adapter], *, safe: bool) -> 
     return tensors
 
 
-def delta_weight(bare: Site, adapter: Adapter, name: str) -> Tensor:
+def delta_weight(bare: Site, adapters: Mapping[str, Adapter], name: str) -> Tensor:
     """Return by how much an adapter alone changes the weight of the bare layer, in the form the layer stores it.
 
     With a base of half precision it is computed in float32 and not rounded.
 
     Raises:
+        UnknownAdapterError: The layer has no such adapter.
         MergeError: The adapter has no merged form.
     """
+    adapter = adapters.get(name)
+    if adapter is None:
+        msg = f"The layer {bare.name!r} has no adapter {name!r}; it has {listing(sorted(adapters))}."
+        raise UnknownAdapterError(msg)
     if adapter.unfoldable is not None:
         msg = f"The adapter {name!r} on {bare.name!r} does not change its weight: {adapter.unfoldable}."
         raise MergeError(msg)

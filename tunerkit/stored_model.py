@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,7 +21,6 @@ from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
 from tunerkit.preparation import checkpoints_gradients, prepare_model_for_gradient_checkpointing
 from tunerkit.saved import SavedAdapter, config_to_save, metadata, refuse_offload, write_model_card
-from tunerkit.task_models import refuse_new_head
 from tunerkit.tuner import BaseTuner
 
 if TYPE_CHECKING:
@@ -35,9 +34,29 @@ if TYPE_CHECKING:
 
 
 class StoredModel(nn.Module):
-    """A base model with adapters that come from a config or from files, and go into files; `PeftModel` is one."""
+    """A base model with adapters that come from a config or from files, and go into files; `PeftModel` is one.
+
+    A subclass for a task is declared with `class PeftModelForX(PeftModel, task="X")`, and its task then calls for it.
+
+    Attributes:
+        heads: The modules that every adapter of such a model trains and saves as a whole, beside its config's own.
+        tasks: The subclasses by the task that they are for.
+    """
 
     base_model: BaseTuner
+    heads: ClassVar[tuple[str, ...]] = ()
+    tasks: ClassVar[dict[str, type[StoredModel]]] = {}
+
+    def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:
+        """Note for which task the class is."""
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            cls.tasks[str(task)] = cls
+
+    @classmethod
+    def for_task(cls, config: PeftConfig) -> type[Self]:
+        """Return the class for the task of a config; it is this one if the config has none."""
+        return cls.tasks.get(str(config.task_type), cls)  # type: ignore[return-value]
 
     def __init__(
         self,
@@ -56,7 +75,7 @@ class StoredModel(nn.Module):
             )
             raise AdapterNameError(msg)
         refusals.refuse_adapted(model)
-        refuse_new_head(model, check_config(peft_config))
+        peft_config = self._with_heads(check_config(peft_config))
         kind = get_method(str(peft_config.peft_type)).method.tuner or BaseTuner
         with Journal():
             tuner = kind(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -70,6 +89,20 @@ class StoredModel(nn.Module):
     def peft_config(self) -> dict[str, PeftConfig]:
         """The completed configs by adapter name."""
         return self.base_model.peft_config
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names of the modules that adapters train and save as a whole; None if there are none."""
+        configs = self.peft_config.values()
+        return {name for config in configs for name in getattr(config, "modules_to_save", None) or ()} or None
+
+    def _with_heads(self, config: PeftConfig) -> PeftConfig:
+        """Return a config that trains and saves the task's heads too, if its method can."""
+        if not self.heads or not hasattr(config, "modules_to_save"):
+            return config
+        completed: Any = config.copy()
+        completed.modules_to_save = list(dict.fromkeys([*(completed.modules_to_save or ()), *self.heads]))
+        return completed  # type: ignore[no-any-return]
 
     def get_base_model(self) -> nn.Module:
         """Return the base model, whose layers may be adapted."""
@@ -109,7 +142,7 @@ class StoredModel(nn.Module):
             raise AdapterNameError(msg)
         with Journal() as journal:
             journal.note_module(tuner)
-            tuner.peft_config[adapter_name] = check_config(peft_config)
+            tuner.peft_config[adapter_name] = self._with_heads(check_config(peft_config))
             tuner.inject_adapter(
                 tuner.model,
                 adapter_name,
@@ -198,7 +231,7 @@ class StoredModel(nn.Module):
         strict: bool = True,
         **kwargs: Any,
     ) -> Self:
-        """Attach an adapter that was saved.
+        """Attach an adapter that was saved, to a model of the class for its task.
 
         Args:
             model: The base model.
@@ -234,7 +267,8 @@ class StoredModel(nn.Module):
         with Journal() as journal:
             # What is not strict may leave tensors with the values they start with, so these must be real.
             meta = strict or low_cpu_mem_usage
-            loaded = cls(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=meta)
+            kind = cls.for_task(saved.config)
+            loaded = kind(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=meta)
             saved.put_into(loaded, adapter_name, strict=strict)
             if not is_trainable:
                 loaded._evaluate(journal)
