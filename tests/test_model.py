@@ -190,11 +190,13 @@ class TestSave:
             str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
         )
         files = ["adapter_config.json", "adapter_model.safetensors"]
-        assert found == sorted([*files, *(f"{name}/{file}" for name in ("other", "scale") for file in files)])
+        assert found == sorted(
+            ["README.md", *files, *(f"{name}/{file}" for name in ("other", "scale") for file in files)]
+        )
 
     def test_selected(self, model, tmp_path):
         model.save_pretrained(tmp_path, selected_adapters=["scale"])
-        assert [path.name for path in tmp_path.iterdir()] == ["scale"]
+        assert {path.name for path in tmp_path.iterdir()} == {"README.md", "scale"}
         with pytest.raises(
             UnknownAdapterError, match=r"The model has no adapter 'scle'; it has 'default', 'scale', 'other'. Closest"
         ):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from tunerkit.adapter import AdditiveAdapter
-from tunerkit.errors import AdapterStateError, MergeError, RouteError, UnknownAdapterError
-from tunerkit.folding import Merged, fold, merge_order, stacked
+from tunerkit.errors import AdapterStateError, MergeError, RouteError
+from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.names import PerAdapter, expose, withdraw
 from tunerkit.naming import listing
@@ -286,58 +286,19 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             )
             raise AdapterStateError(msg)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return what an adapter adds to the weight, in the shape in which the layer stores that.
-
-        Args:
-            adapter: The adapter's name.
-
-        Raises:
-            UnknownAdapterError: The layer has no such adapter.
-            AdapterStateError: The adapter does not add something to the weight.
-            MergeError: What this one adds has no such form.
-        """
-        found = self._adapters.get(adapter)
-        if found is None:
-            msg = f"The layer {self._site.name!r} has no adapter {adapter!r}; it has {listing(self._adapters)}."
-            raise UnknownAdapterError(msg)
-        if not isinstance(found, AdditiveAdapter):
-            msg = (
-                f"The adapter {adapter!r} on {self._site.name!r} ({type(found).__name__}) does not add anything to the "
-                "weight, so there is no such thing to return."
-            )
-            raise AdapterStateError(msg)
-        bare = self.bare_site
-        return bare.as_stored(found.delta(bare).reshape(bare.weight.shape))
-
-    def check_merge(self, names: Sequence[str]) -> None:
-        """Raise `MergeError` if an adapter has no merged form, or would be merged past one it does not commute with."""
-        merge_order(self, names)
-
-    def merge_for_good(self, names: list[str]) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Merge adapters and give them up; nothing can be unmerged after that.
-
-        Returns:
-            The base layer's parameters that were given up, each with the one in its place.
-        """
-        self.merge(adapter_names=names)
-        originals = {} if self._merged is None else self._merged.originals
-        merged = self.merged_adapters
-        self.__dict__["_merged"] = None
-        self.__dict__["_active_adapter"] = [name for name in self.active_adapters if name not in merged]
-        for name in merged:
-            del self._adapters[name]
-        withdraw(self, self._adapters)  # type: ignore[arg-type]
-        self._settle()
-        now = self.site.owner._parameters
-        pairs = ((old, now[name]) for name, old in originals.items())
-        return [(old, heir) for old, heir in pairs if old is not None and heir is not None]
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return by how much an adapter alone changes the base layer's weight; see `tunerkit.folding.delta_weight`."""
+        return delta_weight(self.bare_site, self._adapters, adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter adds something to the weight, so that it can be turned into a low-rank one."""
         return isinstance(self._adapters.get(adapter_name), AdditiveAdapter)
 
     # nn.Module
+
+    def _get_name(self) -> str:
+        """Return what a printed model calls the layer: its methods and the class of its base, `lora.Linear`."""
+        return f"{'+'.join(sorted(self.methods))}.{type(self.get_base_layer()).__name__}"
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set training mode, for the adapters too, which stand outside the module tree."""

@@ -181,7 +181,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
                 layer.set_adapter(names, inference_mode=inference_mode)
             for name, part in self.parts.items():
                 self._set_part(part, trains=name in names and not inference_mode)
-            self.active_adapter = names
+            self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
     def _note(self, journal: Journal, layers: Sequence[BaseTunerLayer]) -> None:
         """Note which adapters are active and which of their tensors train, before either changes."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from tunerkit._typecheck import describe, fits
-from tunerkit.errors import ConfigError
+from tunerkit.errors import ConfigError, TunerkitError
+from tunerkit.keywords import HUB_KEYWORDS
 from tunerkit.naming import closest, listing, method_id, peft_type_name
 from tunerkit.settings import default_of, is_empty, is_unbuilt, rule_of, setting, unbuilt
 
@@ -29,6 +30,7 @@ __all__ = [
     "TaskType",
     "built_settings",
     "check_config",
+    "check_if_peft_model",
     "config_class",
     "get_peft_config",
     "setting",
@@ -214,7 +216,8 @@ class PeftConfig:
         Args:
             pretrained_model_name_or_path: The checkpoint's folder.
             subfolder: A folder below it, for adapters that were saved beside others.
-            overrides: Values for settings that the file does not hold; the file's values win, as in PEFT.
+            overrides: Values for settings that the file does not hold; the file's values win, as in PEFT. What a
+                download would take (`revision`, `token`) says nothing of a folder.
 
         Returns:
             A config of the class of the checkpoint's method.
@@ -228,7 +231,19 @@ class PeftConfig:
 
         folder = pretrained_model_name_or_path
         values = read_config(Path(folder, subfolder) if subfolder else folder)
-        return cls.from_peft_type(**{**overrides, **values})
+        given = {name: value for name, value in overrides.items() if name not in HUB_KEYWORDS}
+        return cls.from_peft_type(**{**given, **values})
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """Return the settings that a config's file holds, unchecked.
+
+        Raises:
+            CheckpointError: The file is not there or cannot be read.
+        """
+        from tunerkit.checkpoint.files import read_json  # noqa: PLC0415 - above this room, and only needed here
+
+        return read_json(Path(path_json_file))
 
     @classmethod
     def from_peft_type(cls, /, **values: Any) -> PeftConfig:
@@ -326,6 +341,15 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
         ConfigError: `peft_type` is missing, or a setting is wrong, or is unknown and matters.
     """
     return PeftConfig.from_peft_type(**config_dict)
+
+
+def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
+    """Return whether a folder holds the config of an adapter whose method is installed and can be used."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except TunerkitError:
+        return False
+    return True
 
 
 def _provider(cls: type[PeftConfig]) -> str:

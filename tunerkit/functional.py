@@ -10,6 +10,7 @@ from tunerkit.checkpoint.files import read_tensors
 from tunerkit.checkpoint.state import PREFIX, Loading, Piece, collect, pieces
 from tunerkit.config import check_config
 from tunerkit.errors import AdapterStateError, ConfigError, TargetError, UnknownAdapterError
+from tunerkit.keywords import check_loading
 from tunerkit.layer import tuner_layers
 from tunerkit.naming import listing
 from tunerkit.plugins import get_method
@@ -78,12 +79,55 @@ def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> Iterator
         UnknownAdapterError: There is no such adapter.
         RouteError: Adapters are merged.
     """
-    tuner = find_tuner(model)
-    if tuner is None and not any(True for _ in tuner_layers(model)):
-        msg = f"The model ({type(model).__name__}) has no adapters. Attach one with get_peft_model(model, config)."
-        raise UnknownAdapterError(msg)
-    with (tuner or BaseTuner.around(model)).use_adapter(adapter_name):
+    with _tuner_of(model).use_adapter(adapter_name):
         yield
+
+
+def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    """Make adapters of a model active and trainable, and freeze the others; see `BaseTuner.set_adapter`.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_name: One name or several, which stand on one another in this order.
+        inference_mode: Keep the active ones frozen too.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        AdapterStateError: They cannot be active together.
+    """
+    _tuner_of(model).set_adapter(adapter_name, inference_mode=inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Say whether adapters of a model train, whether they are active or not; unknown names are passed over.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_names: One name or several.
+        requires_grad: Whether they train.
+    """
+    _tuner_of(model).set_requires_grad(adapter_names, requires_grad)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "") -> list[str] | None:
+    """Take an adapter out of a model, its config too; layers that hold no other become the base layers they were.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_name: The adapter's name.
+        prefix: Accepted for PEFT's sake; layers are found by what they hold, whatever they are called.
+
+    Returns:
+        The names of the adapters that are active now, or None if there are none.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        AdapterStateError: It is merged.
+    """
+    del prefix
+    tuner = _tuner_of(model)
+    tuner.delete_adapter(adapter_name)
+    return tuner.active_adapters or None
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -168,6 +212,7 @@ def load_peft_weights(
     model_id: str | os.PathLike[str],
     device: str | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint.
 
@@ -175,10 +220,13 @@ def load_peft_weights(
         model_id: The checkpoint's folder.
         device: Where the tensors are to be; the CPU if not given.
         key_mapping: Patterns and what replaces them in the keys below the base model; the first that matches counts.
+        kwargs: What PEFT would pass to a download; see `tunerkit.keywords`.
 
     Raises:
+        KeywordError: A keyword argument is unknown.
         CheckpointError: The file is not there or cannot be read.
     """
+    check_loading("load_peft_weights", kwargs, ("device", "key_mapping"))
     tensors = read_tensors(model_id, "cpu" if device is None else device)
     return renamed(tensors, key_mapping)
 
@@ -196,6 +244,15 @@ def _renamed(key: str, mapping: Mapping[str, str]) -> str:
         if count:
             return f"{prefix}{changed}"
     return key
+
+
+def _tuner_of(model: nn.Module) -> BaseTuner:
+    """Return the tuner of a model, or one that is made around the adapters that were injected into it."""
+    tuner = find_tuner(model)
+    if tuner is None and not any(True for _ in tuner_layers(model)):
+        msg = f"The model ({type(model).__name__}) has no adapters. Attach one with get_peft_model(model, config)."
+        raise UnknownAdapterError(msg)
+    return tuner or BaseTuner.around(model)
 
 
 def _pieces(model: nn.Module, name: str) -> list[Piece]:

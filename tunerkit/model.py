@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from tunerkit import refusals
+from tunerkit import refusals, status
 from tunerkit.config import check_config
 from tunerkit.saved import name_or_path
 from tunerkit.stored_model import StoredModel
@@ -13,6 +13,7 @@ from tunerkit.stored_model import StoredModel
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import torch
     from torch import nn
 
     from tunerkit.config import PeftConfig
@@ -58,10 +59,27 @@ class PeftModel(StoredModel):
         """The type of the first active adapter's method."""
         return self.active_peft_config.peft_type
 
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a call of the model runs with any adapter: one is active and they are not switched off."""
+        return bool(self.active_adapters) and not self.base_model.disabled
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The dtype that the base model says it has, or None if it says none."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """Return what every layer says of its adapters; see `tunerkit.get_layer_status`."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """Return what the layers together say of their adapters; see `tunerkit.get_model_status`."""
+        return status.get_model_status(self)
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many parameters train, and how many there are."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
+        return status.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train."""
@@ -118,6 +136,10 @@ class PeftModel(StoredModel):
             if error.name not in (None, name):  # It is there, and what it does fails.
                 raise
             raise refusals.MissingAttributeError(self, self.base_model.model, name) from None
+
+
+PeftMixedModel = PeftModel
+"""PEFT's name for a model whose adapters are of different methods, which here any model's may be."""
 
 
 def get_peft_model(

@@ -257,7 +257,7 @@ class BaseTuner(HookCalls, AdaptedModel):
                 msg = f"The active adapter {adapter_name!r} was deleted; {others[0]!r} of {listing(others)} is now."
                 warnings.warn(AdapterWarning(msg), stacklevel=2)
                 merge.note_layers(journal, layers, flags=True)
-                self.set_adapter(others[0])
+                self.set_adapter(others[:1])
             for layer in layers:
                 layer.delete_adapter(adapter_name)
             merge.unwrap(self.model, journal, only_empty=True)

@@ -60,6 +60,7 @@ method = Method(
     config=LoraConfig,
     adapter=(LoraAdapter, LoraEmbedding, LoraConvolution, LoraAttention, LoraExperts),
     tuner=LoraModel,
+    tags=("lora",),
 )
 
 
