@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -35,6 +35,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     """
 
     base_layer: nn.Module
+    follows_routes: ClassVar[bool] = True
 
     def __init__(self, site: Site, owner: Owner) -> None:
         super().__init__()
@@ -55,7 +56,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     _stack: tuple[Adapter, ...]
     _sole: Adapter | None
     _site: Site
-    _owner: Owner
     _merged: Merged | None
     _merged_before: list[str] | None
 
@@ -310,8 +310,17 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         bare = self.bare_site
         return bare.as_stored(found.delta(bare).reshape(bare.weight.shape))
 
-    def forget_originals(self) -> dict[str, nn.Parameter | None]:
-        """Give up the merged adapters and return the original parameters; nothing can be unmerged after that."""
+    def check_merge(self, names: Sequence[str]) -> None:
+        """Raise `MergeError` if an adapter has no merged form, or would be merged past one it does not commute with."""
+        merge_order(self, names)
+
+    def merge_for_good(self, names: list[str]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Merge adapters and give them up; nothing can be unmerged after that.
+
+        Returns:
+            The base layer's parameters that were given up, each with the one in its place.
+        """
+        self.merge(adapter_names=names)
         originals = {} if self._merged is None else self._merged.originals
         merged = self.merged_adapters
         self.__dict__["_merged"] = None
@@ -320,7 +329,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             del self._adapters[name]
         withdraw(self, self._adapters)  # type: ignore[arg-type]
         self._settle()
-        return originals
+        now = self.site.owner._parameters
+        pairs = ((old, now[name]) for name, old in originals.items())
+        return [(old, heir) for old, heir in pairs if old is not None and heir is not None]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter adds something to the weight, so that it can be turned into a low-rank one."""

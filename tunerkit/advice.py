@@ -36,9 +36,14 @@ def nothing_matched(model: nn.Module, plan: Plan, from_state: bool) -> str:
     where = "target_modules" if getattr(plan.config, "target_modules", None) else "target_parameters"
     target = f"{where}={_shown(getattr(plan.config, where))}"
     if any(plan.entries.values()):
+        without = [
+            f"{name}={_shown(left)}"
+            for name in ("exclude_modules", "modules_to_save")
+            if (left := getattr(plan.config, name, None))
+        ]
         return (
             f"{target} matches {sum(plan.entries.values())} modules, and all of them are excluded by "
-            f"exclude_modules={_shown(getattr(plan.config, 'exclude_modules', None))}. Exclude fewer, or target others."
+            f"{' and '.join(without)}. Exclude fewer, or target others."
         )
     return f"{target} matches nothing in the model. {_advice(model, plan, wanted, names)}"
 

@@ -16,9 +16,9 @@ from tunerkit.naming import method_id
 from tunerkit.sites import make_on_meta, make_site
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from tunerkit.journal import Journal
     from tunerkit.plan import Plan, Target
@@ -179,10 +179,3 @@ def _find_what_was_done(made: object, target: Target, name: str, method: str, *,
         "return that."
     )
     raise PluginError(msg)
-
-
-def cast_up(tensors: Iterable[Tensor]) -> None:
-    """Make tensors of lower precision float32, in place."""
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.element_size() < 4:  # noqa: PLR2004 - bytes of a float32
-            tensor.data = tensor.data.float()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from tunerkit.advice import closest_to, nothing_matched
 from tunerkit.config import PeftConfig
 from tunerkit.errors import NoMatchingPeftModuleError, PluginError, TargetError, UnsupportedSiteError
+from tunerkit.modules_to_save import WholeModules
 from tunerkit.naming import listing
 from tunerkit.sites import make_site, site_class
 from tunerkit.targeting import (
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from tunerkit.modules_to_save import WholeModule
     from tunerkit.sites import Site
     from tunerkit.targeting import Place
 
-Verdict = Literal["adapted", "excluded", "not matched"]
+Verdict = Literal["adapted", "excluded", "copied", "not matched"]
 
 
 class Chooser(Protocol):
@@ -82,6 +84,8 @@ class Plan:
             adapted modules each of its entries fits.
         corrections: What was corrected in the config, in words.
         targets: The modules to adapt.
+        copies: The modules of which the adapter gets copies that are trained and saved as a whole.
+        unsaved: The entries of `modules_to_save` that matched nothing.
     """
 
     config: PeftConfig
@@ -91,6 +95,8 @@ class Plan:
     patterns: dict[str, dict[str, int]]
     corrections: tuple[str, ...]
     targets: tuple[Target, ...] = field(repr=False)
+    copies: tuple[WholeModule, ...] = field(repr=False)
+    unsaved: tuple[str, ...]
 
     @property
     def adapted(self) -> list[str]:
@@ -104,6 +110,7 @@ class Plan:
         wanted = [("target_parameters" if entry in parameters else "target_modules", entry) for entry in self.entries]
         left = [(where, entry) for where, entry in wanted if not self.entries[entry]]
         left += [("exclude_modules", entry) for entry, count in self.exclusions.items() if not count]
+        left += [("modules_to_save", entry) for entry in self.unsaved]
         sentences = [f"{entry!r} in {where} matches nothing{closest_to(entry, names)}" for where, entry in left]
         adapted = [_settings_name(target) for target in self.targets]
         return sentences + [
@@ -123,7 +130,9 @@ class Plan:
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         left = sum(item.verdict == "not matched" for item in self.decisions)
-        total = f"{len(self.adapted)} of {len(self.decisions)} modules adapted, {left} not matched"
+        copied = sum(item.verdict == "copied" for item in self.decisions)
+        saved = f", {copied} copied" if copied else ""
+        total = f"{len(self.adapted)} of {len(self.decisions)} modules adapted{saved}, {left} not matched"
         return "\n".join([*lines, total, *self.unmatched(), *self.corrections])
 
 
@@ -159,7 +168,8 @@ def make_plan(
     config = _prepared(chooser, config, model_config)
     if wants_all_linear(config):
         config.target_modules = _all_linear(model, config)  # type: ignore[attr-defined]
-    matcher = _Matcher(config, chooser)
+    whole = WholeModules(model, config)
+    matcher = _Matcher(config, chooser, whole)
     if state_keys is not None:
         _refuse_target_parameters(config)
         matcher.only_in(keys_in_state(model, state_keys, entries, prefix))
@@ -181,6 +191,8 @@ def make_plan(
                 raise UnsupportedSiteError(msg)
             along.update({id(bare(base._modules[child])): f"with {key!r}" for child in kind.along})  # type: ignore[arg-type]
             found = [place_of_parameter(module, parent, name, own) for own in kind.parameters_of(base)] or found
+        if verdict == "adapted":
+            whole.check_free(key)
         for target in found:
             _note(targets, decisions, key, target, (verdict, reason))
     plan = Plan(
@@ -191,6 +203,8 @@ def make_plan(
         _count_patterns(config, [_settings_name(target) for target in targets.values()]),
         _correct_orientation(config, list(targets.values())),
         tuple(targets.values()),
+        whole.modules,
+        tuple(whole.unmatched()),
     )
     if not targets:
         raise NoMatchingPeftModuleError(nothing_matched(model, plan, state_keys is not None))
@@ -309,9 +323,10 @@ def _refuse_target_parameters(config: PeftConfig) -> None:
 class _Matcher:
     """Asks the method about each module and counts what its entries matched."""
 
-    def __init__(self, config: PeftConfig, chooser: Chooser) -> None:
+    def __init__(self, config: PeftConfig, chooser: Chooser, whole: WholeModules) -> None:
         self.config = config
         self.chooser = chooser
+        self.whole = whole
         self.only: set[str] | None = None
         self.excluded = getattr(config, "exclude_modules", None)
         self.parameters = frozenset(getattr(config, "target_parameters", None) or ())
@@ -332,10 +347,21 @@ class _Matcher:
 
     def decide(self, key: str, parameter: str | None) -> tuple[Verdict, str]:
         """Say whether a module is adapted, or one parameter of it, and why."""
+        holder = self.whole.holder(key)
         if parameter is not None:
             key = f"{key}.{parameter}"
             named = match_name(self.parameters, key)
-            return ("adapted", self._count(self.entries, named, key)) if named else ("not matched", "")
+            reason = self._count(self.entries, named, key) if named else ""
+            if named and holder:
+                return "excluded", f"in {holder!r}, which is copied"
+            return ("adapted" if named else "not matched"), reason
+        if holder is not None:
+            meant = self.only is None and match_name(getattr(self.config, "target_modules", None), key)
+            if meant:
+                self._count(self.entries, meant, key)
+            if holder == key:
+                return "copied", "modules_to_save"
+            return ("excluded", f"in {holder!r}, which is copied") if meant else ("not matched", "")
         if self.only is not None:
             return ("adapted", "in the state dict") if key in self.only else ("not matched", "")
         found = self.chooser._check_target_module_exists(self.config, key)

@@ -24,6 +24,13 @@ Place: TypeAlias = "tuple[nn.Module, nn.Module, str, str | None]"
 Value = TypeVar("Value")
 
 ALL_LINEAR = "all-linear"
+HEADS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""The names of the new heads that transformers' models have for a task."""
+
 _WRAPPED = "base_model.model."
 
 
@@ -61,6 +68,12 @@ def pattern_value(patterns: Mapping[str, Value] | None, path: str, default: Valu
     return next((value for entry, value in (patterns or {}).items() if match_pattern(entry, path)), default)
 
 
+def paths_above(path: str) -> Iterator[str]:
+    """Go through the paths of the modules in which a module stands, from the outermost to its own."""
+    parts = path.split(".")
+    return (".".join(parts[: index + 1]) for index in range(len(parts)))
+
+
 def match_target(config: PeftConfig, key: str) -> str | re.Match[str] | None:
     """Return what of a config's targets matches a module's path, or None if nothing does or it is excluded."""
     if match_name(getattr(config, "exclude_modules", None), key):
@@ -77,7 +90,14 @@ def wants_all_linear(config: PeftConfig) -> bool:
 def all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
     """Return the paths of all linear layers that can be adapted, but for the model's output layer."""
     heads = _output_layers(model, config)
-    return {key for key, module in modules_outside_adapters(model) if is_linear(module) and bare(module) not in heads}
+    modules = dict(modules_outside_adapters(model))
+    # Of what other adapters train as a whole only their copies are run.
+    taken = {key for key, module in modules.items() if isinstance(module, BaseTunerLayer) and not module.targeted}
+    return {
+        key
+        for key, module in modules.items()
+        if is_linear(module) and bare(module) not in heads and taken.isdisjoint(paths_above(key))
+    }
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -100,7 +120,7 @@ def _output_layers(model: nn.Module, config: PeftConfig) -> list[Any]:
         return [bare(output)]
     if config.task_type == TaskType.SEQ_CLS:
         # Transformers' classifiers call their new head one of these, and it is trained whole.
-        return [model._modules[name] for name in ("score", "classifier") if name in model._modules]
+        return [model._modules[name] for name in HEADS["SEQ_CLS"] if name in model._modules]
     return []
 
 
@@ -149,7 +169,7 @@ def place_of_parameter(module: nn.Module, parent: nn.Module, name: str, paramete
     while isinstance(layer, BaseTunerLayer):
         if getattr(layer, "parameter_name", None) == parameter:
             return layer, upper, upper_name, parameter
-        upper, upper_name, layer = layer, "base_layer", layer.base_layer
+        upper, upper_name, layer = layer, layer.base_name, getattr(layer, layer.base_name)
     return module, parent, name, parameter
 
 

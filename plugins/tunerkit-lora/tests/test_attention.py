@@ -196,6 +196,7 @@ class TestPeft:
         assert base.in_proj_weight is not before[0]
         assert not torch.equal(base.in_proj_weight, before[1])
 
+    @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
     def test_it_leaves_out_the_bias_of_the_input_projections(self):
         theirs = moved(peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["attn"], lora_bias=True)))
         ours = moved(tunerkit.get_peft_model(Model(), config(lora_bias=True)))

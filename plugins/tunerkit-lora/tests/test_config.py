@@ -18,7 +18,6 @@ NO_PEFT = "comparing with PEFT needs it: pip install peft"
 # Per field that is not built: a value away from its default.
 UNBUILT = {
     "bias": "lora_only",
-    "modules_to_save": ["head"],
     "layers_to_transform": 0,
     "layers_pattern": "layers",
     "megatron_config": {"hidden": 1},
@@ -45,6 +44,7 @@ BUILT = {
     "r": 4,
     "target_modules": ["q", "v"],
     "exclude_modules": "head.*",
+    "modules_to_save": ["head"],
     "lora_alpha": 16,
     "lora_dropout": 0.1,
     "use_rslora": True,

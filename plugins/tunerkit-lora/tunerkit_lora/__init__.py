@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tunerkit import BaseTuner, Method, hookimpl
+from tunerkit import Method, hookimpl
 from tunerkit.defaults import find_site
 from tunerkit.sites import OutputProjectionSite
 from tunerkit_lora.adapter import LoraAdapter
@@ -24,8 +24,8 @@ from tunerkit_lora.layers import (
     MultiheadAttention,
     ParamWrapper,
 )
+from tunerkit_lora.model import LoraModel
 from tunerkit_lora.scale import rescale_adapter_scale
-from tunerkit_lora.targets import DEFAULT_TARGETS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,14 +54,6 @@ __all__ = [
     "method",
     "rescale_adapter_scale",
 ]
-
-
-class LoraModel(BaseTuner, method="lora"):
-    """A tuner is one exactly while it holds a LoRA adapter."""
-
-    prefix = "lora_"
-    tuner_layer_cls = LoraLayer
-    target_module_mapping = DEFAULT_TARGETS
 
 
 method = Method(

@@ -28,6 +28,7 @@ class LoraAdapter(LowRankAdapter):
     """
 
     entries: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    factor_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
@@ -50,6 +51,11 @@ class LoraAdapter(LowRankAdapter):
         del base
         bias = self.lora_B.bias
         return None if bias is None else self.scaling * bias
+
+    @property
+    def factor_bias(self) -> Tensor | None:
+        """The bias of ``B``, or None."""
+        return self.lora_B.bias
 
     def forward(self, x: Tensor, below: Below) -> Tensor:
         """Return the inherited result without building the full-size delta; only this way has dropout."""

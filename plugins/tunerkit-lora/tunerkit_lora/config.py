@@ -45,7 +45,7 @@ class LoraConfig(PeftConfig):
             layers is corrected in the completed config, with a `ConfigWarning`.
         bias: Which biases of the base are trained too. *(not built)*
         use_rslora: Whether `scaling` is divided by the root of the rank rather than by the rank.
-        modules_to_save: Modules to train and save as a whole. *(not built)*
+        modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
             standard deviation `1 / r`, `B` zero. `False`: both as PyTorch starts a linear layer, so that the adapter
             changes the output at once; for tests.
@@ -91,7 +91,7 @@ class LoraConfig(PeftConfig):
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = unbuilt("none")
     use_rslora: bool = False
-    modules_to_save: list[str] | None = unbuilt(None)
+    modules_to_save: list[str] | None = None
     init_lora_weights: bool | Literal["gaussian"] = True
     layers_to_transform: list[int] | int | None = unbuilt(None)
     layers_pattern: list[str] | str | None = unbuilt(None)

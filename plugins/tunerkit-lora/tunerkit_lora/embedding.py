@@ -23,6 +23,7 @@ class LoraEmbedding(LowRankAdapter):
     """
 
     entries: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
+    factor_keys: ClassVar[tuple[str, str]] = ("lora_embedding_A", "lora_embedding_B")
     kinds: ClassVar[frozenset[str]] = frozenset({"embedding"})
 
     def __init__(self, site: EmbeddingSite, config: LoraConfig) -> None:

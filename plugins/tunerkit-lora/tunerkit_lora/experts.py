@@ -8,6 +8,7 @@ from tunerkit.adapter import linear
 from tunerkit.errors import UnsupportedSiteError
 from tunerkit.stack import add_to_stack
 from tunerkit_lora.base import LowRankAdapter
+from tunerkit_lora.ranks import resize_first, resize_second
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ class LoraExperts(LowRankAdapter):
     """
 
     entries: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    factor_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
 
     def __init__(self, site: ParameterSite, config: LoraConfig) -> None:
@@ -49,7 +51,17 @@ class LoraExperts(LowRankAdapter):
         self.lora_A = linear(first)
         self.lora_B = linear(site.zeros(outputs, rank) if init else site.kaiming_uniform(outputs, rank))
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    @property
+    def room(self) -> int:
+        """The rank that the factors of one expert have room for."""
+        return len(self.lora_A.weight) // self.num_experts
+
+    def resize(self, first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the factors filled up with zeros, or cut, to a rank for each expert."""
+        rows = self.num_experts * rank
+        return resize_first(first, rows, self.num_experts), resize_second(second, rows)
+
+    def stacked_factors(self) -> tuple[Tensor, Tensor]:
         """Return what is multiplied for each expert, in the order in which the parameter is stored.
 
         Returns:
@@ -63,7 +75,7 @@ class LoraExperts(LowRankAdapter):
 
     def delta(self, base: Site) -> Tensor:
         """Return ``s B_e A_e`` for every expert, in the shape of the parameter."""
-        left, right = self.factors()
+        left, right = self.stacked_factors()
         return (self.scaling * (left @ right)).reshape(base.weight.shape)
 
     def merged(self, below: Below) -> tuple[Tensor, Tensor | None]:
@@ -71,7 +83,7 @@ class LoraExperts(LowRankAdapter):
         weight = below.weight
         if weight.dim() == _MATRIX:
             return super().merged(below)
-        return add_to_stack(weight, *self.factors(), self.scaling), below.bias
+        return add_to_stack(weight, *self.stacked_factors(), self.scaling), below.bias
 
 
 def _check(site: ParameterSite, config: LoraConfig) -> None:
