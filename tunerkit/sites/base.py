@@ -201,6 +201,11 @@ class Site:
         """How many numbers the input holds at each place of it."""
         return self.in_features
 
+    @property
+    def groups(self) -> int:
+        """Into how many groups the input's channels are divided, of which each row of the weight sees one."""
+        return 1
+
     def scale_inputs(self, scale: Tensor) -> Tensor:
         """Return a number for each channel of the input as the matrix with which it multiplies the weight.
 
