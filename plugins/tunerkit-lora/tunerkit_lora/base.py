@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
+
 from tunerkit.adapter import AdditiveAdapter
+from tunerkit.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tunerkit.sites import Site
     from tunerkit_lora.config import LoraConfig
 
@@ -40,3 +46,51 @@ class LowRankAdapter(AdditiveAdapter):
     def initial_scaling(self) -> float:
         """The scale that follows from rank and alpha."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    # The words in which DoRA is written
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``A``, r x inputs, and ``B``, outputs x r, as matrices."""
+        raise NotImplementedError
+
+    def added(self, y: Tensor, x: Tensor, base: Site, gain: Tensor | None = None) -> Tensor:
+        """Return an output of the layer with the update added, without a matrix of the weight's size.
+
+        Args:
+            y: The output.
+            x: The input, after dropout.
+            base: The bare layer.
+            gain: A number for each output by which the update is multiplied.
+        """
+        raise NotImplementedError
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return the input with dropout while training, otherwise the input itself."""
+        return F.dropout(x, self.lora_dropout) if self.lora_dropout and self.training else x
+
+    def along_outputs(self, vector: Tensor) -> Tensor:
+        """Return a vector with a number for each output in a shape that broadcasts to the layer's output."""
+        return vector
+
+    # Checkpoints
+
+    def standalone(self, tensors: dict[str, Tensor], initial: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return ``[A; A0]`` and ``[B, -B0]`` for the initial factors ``A0`` and ``B0``.
+
+        Raises:
+            CheckpointError: The adapter stands on a convolution with groups.
+        """
+        if self.unfoldable is not None:
+            msg = f"The adapter cannot be joined with its start: {self.unfoldable}. Save it as it is."
+            raise CheckpointError(msg)
+        before = initial or {}
+        return {key: self._joined(key, tensor, before.get(key)) for key, tensor in tensors.items()}
+
+    def _joined(self, key: str, tensor: Tensor, before: Tensor | None) -> Tensor:
+        entry, _, leaf = key.partition(".")
+        if before is None or entry not in self.entries[:2]:
+            return tensor
+        before = before.to(tensor)
+        if leaf == "bias":
+            return tensor - before
+        return torch.cat([tensor, before]) if entry == self.entries[0] else torch.cat([tensor, -before], 1)
