@@ -59,7 +59,7 @@ def in_words(kinds: Collection[str]) -> str:
     dimensions = [f"{number}d" for number in (1, 2, 3) if f"conv{number}d" in kinds]
     words = [phrase for kind, phrase in _WORDS.items() if kind in kinds]
     words += [f"convolutions ({', '.join(dimensions)})"] if dimensions else []
-    words += [repr(kind) for kind in sorted(kinds) if kind not in _WORDS and not kind.startswith("conv")]
+    words += [repr(kind) for kind in sorted(kinds) if kind not in {*_WORDS, "conv1d", "conv2d", "conv3d"}]
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
