@@ -27,7 +27,8 @@ def starting_factors(site: Site, rank: int, config: LoraConfig) -> tuple[Tensor,
         its kernel, and ``B`` has as many columns as one of its groups has; those of an embedding are its tokens.
     """
     init = config.init_lora_weights
-    if isinstance(init, str) and init != "gaussian":
+    # As in PEFT, embeddings start as ever where a start is not for them.
+    if isinstance(init, str) and init != "gaussian" and (site.kind != "embedding" or init == "mica"):
         return special_factors(site, rank, init, config.scaling_for(site.name))
     if site.kind == "embedding":
         tokens, width = site.weight.shape

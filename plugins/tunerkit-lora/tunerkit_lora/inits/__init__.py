@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunerkit.errors import ConfigError, LoadWarning, UnsupportedSiteError
-from tunerkit.sites import in_words
 from tunerkit_lora.inits.orthogonal import orthogonal
 from tunerkit_lora.inits.spectral import minor_directions, olora, pissa, pissa_lowrank
 
@@ -53,11 +52,10 @@ def special_factors(site: Site, rank: int, init: str, scaling: float) -> tuple[T
         UnsupportedSiteError: The layer is not of a kind that the start is for, or its weight cannot be read.
         ConfigError: The rank does not fit the start.
     """
-    kinds = ("linear", "embedding") if init == "mica" else ("linear",)
-    if site.kind not in kinds:
+    if site.kind not in ("linear", "embedding"):
         msg = (
             f"The module {site.name!r} is a {type(site.module).__name__}, and init_lora_weights={init!r} is for "
-            f"{in_words(kinds)}. Use True, or do not target it."
+            "linear layers. Use True, or do not target it."
         )
         raise UnsupportedSiteError(msg)
     if init == "eva":
@@ -70,6 +68,7 @@ def special_factors(site: Site, rank: int, init: str, scaling: float) -> tuple[T
             raise ConfigError(msg)
         first, second = orthogonal(site.out_features, site.in_features, rank)
     else:
+        matrix = _matrix(site, init)
         if init.startswith("pissa_") and site.empty(0).is_meta:
             msg = (
                 f"The adapter was saved with init_lora_weights={init!r}, relative to a start that was drawn at random "
@@ -77,7 +76,7 @@ def special_factors(site: Site, rank: int, init: str, scaling: float) -> tuple[T
                 "such an adapter exactly, save it in PEFT with path_initial_model_for_weight_conversion."
             )
             warnings.warn(LoadWarning(msg), stacklevel=2)
-        first, second = _decomposition(init)(_matrix(site, init), rank, scaling)
+        first, second = _decomposition(init)(matrix, rank, scaling)
     return first.to(site.device, site.dtype), second.to(site.device, site.dtype)
 
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import PeftModel, plan
+from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, ConfigError
 from tunerkit.journal import Journal
 from tunerkit.layer import tuner_layers
 from tunerkit.naming import listing
+from tunerkit.sites import make_site
 from tunerkit_lora.config import LoraConfig
 from tunerkit_lora.inits.activations import (
     Watch,
@@ -27,6 +29,7 @@ from tunerkit_lora.inits.activations import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from tunerkit.sites import Site
     from tunerkit_lora.subconfigs import EvaConfig
 
 _PREFIX = "base_model.model."
@@ -164,7 +167,7 @@ def initialize_lora_eva_weights(
         )
     layers = _linear_layers(model, config, adapter_name)
     factors = _fitting(eva_state_dict, {name.removeprefix(_PREFIX): layer for name, layer in layers})
-    _start_anew(model, adapter_name, config, [name.removeprefix(_PREFIX) for name, _ in layers], factors)
+    _start_anew(model, adapter_name, config, factors)
 
 
 def _settings(config: LoraConfig) -> EvaConfig:
@@ -177,8 +180,17 @@ def _settings(config: LoraConfig) -> EvaConfig:
 def _linear_layers(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[tuple[str, nn.Module]]:
     if isinstance(model, PeftModel):
         found = tuner_layers(model.get_base_model())
-        return [(f"{_PREFIX}{name}", layer) for name, layer in found if adapter_name in layer.available_adapters]  # type: ignore[misc]
-    return [(target.name, target.module) for target in plan(model, config).targets]
+        return [
+            (f"{_PREFIX}{name}", layer)
+            for name, layer in found
+            if isinstance(layer, AdaptedLayer) and adapter_name in layer.available_adapters and _is_linear(layer.site)
+        ]
+    sites = [(target, make_site(target.module)) for target in plan(model, config).targets]
+    return [(target.name, target.module) for target, site in sites if site is not None and _is_linear(site)]
+
+
+def _is_linear(site: Site) -> bool:
+    return site.kind == "linear"
 
 
 def _fitting(given: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -199,10 +211,9 @@ def _fitting(given: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str
     return factors
 
 
-def _start_anew(
-    model: PeftModel, name: str, config: LoraConfig, layers: list[str], factors: Mapping[str, Tensor]
-) -> None:
+def _start_anew(model: PeftModel, name: str, config: LoraConfig, factors: Mapping[str, Tensor]) -> None:
     """Replace an adapter by one with the ranks and the values of these factors."""
+    layers = [path for path, layer in tuner_layers(model.get_base_model()) if name in layer.available_adapters]
     missing = [layer for layer in layers if layer not in factors]
     ranks = {layer: len(factors[layer]) if layer in factors else config.rank_for(layer) for layer in layers}
     changed = _with_ranks(config, ranks)
