@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunerkit.errors import AdapterStateError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -30,6 +32,7 @@ class Adapter(nn.Module):
         kinds: The kinds of sites it adapts (`Site.kind`).
         unfoldable: Why this adapter has no merged form, so that only its own `forward` is run; None if it has one.
         commutes: Whether it adds something that depends on neither the adapters below it nor their order.
+        settings: The names of the plain numbers that `forward` reads and that the config decides, such as a scaling.
         part: What this adapter shares with those of the same name at other sites, if the method has a `Part`.
     """
 
@@ -37,6 +40,7 @@ class Adapter(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     unfoldable: str | None = None
     commutes: bool = False
+    settings: ClassVar[tuple[str, ...]] = ()
     part: Part | None = None
 
     def __init__(self, site: Site, config: PeftConfig) -> None:
@@ -67,6 +71,49 @@ class Adapter(nn.Module):
     def join(self, part: Part) -> None:
         """Take in the part that all adapters of this name share; called once, before the adapter is used."""
         self.__dict__["part"] = part
+
+    def take(self, other: Adapter) -> None:
+        """Take over the numbers and settings of another adapter of this class for the same site, in place.
+
+        What holds the tensors meanwhile, a compiled model or an optimiser, goes on with the new numbers.
+
+        Raises:
+            AdapterStateError: The tensors have other shapes; nothing was changed.
+        """
+        theirs = other.state_dict()
+        mine = self.state_dict(keep_vars=True)
+        for key, tensor in mine.items():
+            if tensor.shape != theirs[key].shape:
+                msg = (
+                    f"{key!r} is {tuple(theirs[key].shape)} there and {tuple(tensor.shape)} here, so it cannot be "
+                    "swapped in place. Load it as another adapter."
+                )
+                raise AdapterStateError(msg)
+        with torch.no_grad():
+            for key, tensor in mine.items():
+                tensor.copy_(theirs[key])
+            for name in self.settings:
+                own = getattr(self, name)
+                if isinstance(own, Tensor):
+                    own.fill_(getattr(other, name))
+                else:
+                    setattr(self, name, getattr(other, name))
+
+    def make_room(self, rank: int | None, device: torch.device) -> None:
+        """Prepare for `take` under a compiled model, which must not see that anything but numbers in tensors changed.
+
+        The plain numbers in `settings` become tensors. A method with ranks also fills its tensors up with zeros.
+
+        Args:
+            rank: The largest rank to come, if ranks are to change; methods without ranks pass it over.
+            device: The device of the layer.
+
+        Raises:
+            AdapterStateError: The adapter's rank is larger.
+        """
+        del rank
+        for name in self.settings:
+            setattr(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float32, device=device))
 
     def to_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this adapter's tensors in the form in which a checkpoint holds them, by their keys below the layer."""
@@ -165,7 +212,7 @@ def linear(weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -
     return layer
 
 
-def add_low_rank(y: Tensor, x: Tensor, down: nn.Module, up: nn.Module, scaling: float) -> Tensor:
+def add_low_rank(y: Tensor, x: Tensor, down: nn.Module, up: nn.Module, scaling: float | Tensor) -> Tensor:
     """Return `y + scaling * up(down(x))` without building the matrix `up.weight @ down.weight`.
 
     The small factors are cast to the dtype of what they meet, not the activations to the dtype of the factors. Where
@@ -176,7 +223,7 @@ def add_low_rank(y: Tensor, x: Tensor, down: nn.Module, up: nn.Module, scaling: 
         x: The layer's input, ... x in.
         down: The factor with weight rank x in.
         up: The factor with weight out x rank.
-        scaling: The factor before the product.
+        scaling: The factor before the product; a tensor of one number where a compiled model must not depend on it.
     """
     a: Tensor | None = down._parameters.get("weight")
     b: Tensor | None = up._parameters.get("weight")
@@ -187,6 +234,8 @@ def add_low_rank(y: Tensor, x: Tensor, down: nn.Module, up: nn.Module, scaling: 
         hidden = hidden.to(y.dtype)
     if b.dtype is not y.dtype:
         b = b.to(y.dtype)
+    if isinstance(scaling, Tensor):
+        hidden, scaling = hidden * scaling.to(hidden.dtype), 1.0
     rows = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b.t(), alpha=scaling)
     return rows.view(y.shape)
 

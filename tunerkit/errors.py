@@ -59,6 +59,10 @@ class MergeError(AdapterStateError):
     """Adapters cannot be merged as asked."""
 
 
+class CombinationError(TunerkitError, ValueError):
+    """Adapters cannot be combined as asked."""
+
+
 class RouteError(AdapterStateError):
     """A call cannot be routed to the adapters it names."""
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from tunerkit.sites.attention import SHOWN, AttentionSite, OutputProjectionSite
 from tunerkit.sites.base import Below, Bound, Site, make_on_meta, twin
 from tunerkit.sites.convolution import Convolution1dSite, Convolution2dSite, Convolution3dSite, ConvolutionSite
 from tunerkit.sites.embedding import EmbeddingSite
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 __all__ = [
+    "SHOWN",
+    "AttentionSite",
     "Below",
     "Bound",
     "Convolution1dSite",
@@ -24,6 +27,7 @@ __all__ = [
     "ConvolutionSite",
     "EmbeddingSite",
     "LinearSite",
+    "OutputProjectionSite",
     "ParameterSite",
     "Site",
     "TransposedLinearSite",
@@ -42,6 +46,8 @@ _SITES: dict[type[nn.Module] | str, type[Site]] = {
     nn.Conv1d: Convolution1dSite,
     nn.Conv2d: Convolution2dSite,
     nn.Conv3d: Convolution3dSite,
+    nn.MultiheadAttention: AttentionSite,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: OutputProjectionSite,
 }
 _FOUND: dict[type[nn.Module], type[Site] | None] = {}
 """What was found for types of layers so far: a plan asks for each module."""

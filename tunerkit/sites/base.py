@@ -95,12 +95,14 @@ class Site:
 
     Attributes:
         kind: The kind of layer, by which a method says what it adapts.
+        along: The names of children that are adapted along with the module.
         transposed: Whether the layer stores its weight in x out.
         module: The layer itself.
         name: Its path in the model.
     """
 
     kind: ClassVar[str] = "module"
+    along: ClassVar[tuple[str, ...]] = ()
     transposed: ClassVar[bool] = False
     __slots__ = ("module", "name")
 
@@ -127,6 +129,23 @@ class Site:
         del module
         return None
 
+    @classmethod
+    def alone(cls, module: nn.Module) -> str | None:
+        """Return why the layer can be adapted only along with another, which names it in `along`, or None."""
+        del module
+        return None
+
+    @classmethod
+    def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:
+        """Return the names of parameters that are adapted one by one where the module is a target; none: as a whole."""
+        del module
+        return ()
+
+    @property
+    def settings_name(self) -> str:
+        """The path by which a config's settings for single layers mean this one."""
+        return self.name
+
     @property
     def owner(self) -> nn.Module:
         """The module that holds the parameters."""
@@ -141,6 +160,14 @@ class Site:
     def bias_name(self) -> str:
         """The name of the parameter that is the bias, where the layer has one."""
         return "bias"
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The names of parameters that code around the layer reads, rather than calling it or besides.
+
+        The layer with adapters answers with what has them folded in.
+        """
+        return ()
 
     @property
     def stored(self) -> Tensor:
@@ -210,6 +237,10 @@ class Site:
             tensors[self.bias_name] = None if bias is None else bias.to(stored.dtype)
         return tensors
 
+    def fitted(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        """Return parameters, by name, that can stand in for the layer's own during a call."""
+        return self.to_stored(weight, bias)
+
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer on `x` with these parameters in place of its own.
 
@@ -220,7 +251,7 @@ class Site:
             args: What else the layer's `forward` takes.
             kwargs: The same, by name.
         """
-        return self.with_parameters(self.to_stored(weight, bias)).module(x, *args, **kwargs)  # type: ignore[no-any-return]
+        return self.with_parameters(self.fitted(weight, bias)).module(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def with_parameters(self, tensors: Mapping[str, Tensor | None]) -> Site:
         """Return this site with other parameters, for one call; the layer itself is not touched."""

@@ -22,8 +22,6 @@ class LinearSite(Site):
     @classmethod
     def takes(cls, module: nn.Module) -> str | None:
         """Return why this very layer cannot be adapted, or None."""
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return "torch's MultiheadAttention reads its weight and never calls it, so an adapter would have no effect"
         return unfit_weight(module)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:

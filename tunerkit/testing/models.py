@@ -68,6 +68,32 @@ class Embeddings(nn.Module):
         return self.head(torch.tanh(self.words(tokens) + self.places(places)))  # type: ignore[no-any-return]
 
 
+class Attention(nn.Module):
+    """An encoder layer, which may read the attention's parameters instead of calling it, and a call of a second one."""
+
+    kind: ClassVar[str] = "attention"
+    targets: ClassVar[dict[str, list[str]]] = {"target_modules": ["self_attn", "cross"]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=12, dropout=0.0, batch_first=True)
+        self.cross = nn.MultiheadAttention(8, 2, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    @staticmethod
+    def inputs() -> tuple[Tensor, ...]:
+        """Return a batch of five sequences of three vectors."""
+        return (torch.randn(5, 3, 8),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return batch x length x 3."""
+        hidden = self.layer(x)
+        found, _ = self.cross(
+            query=torch.tanh(x).transpose(0, 1), key=hidden.transpose(0, 1), value=hidden.transpose(0, 1)
+        )
+        return self.head(torch.tanh(hidden + 3 * found.transpose(0, 1)))  # type: ignore[no-any-return]
+
+
 class Mixture(nn.Module):
     """Experts whose matrices are stacked in bare parameters, and a router that is a bare matrix."""
 
@@ -193,6 +219,7 @@ class GroupedConvolutions(Convolutions):
 SAMPLES: dict[str, type[Sample]] = {
     "linear": Linears,
     "embedding": Embeddings,
+    "attention": Attention,
     "parameter": Parameters,
     "conv1d": Convolutions1d,
     "conv2d": Convolutions2d,

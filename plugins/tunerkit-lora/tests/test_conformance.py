@@ -27,6 +27,7 @@ NO_SLOPE = {"test_gradients": "the norm counts as constant in the gradient, as i
 
 
 class TestDora(MethodConformance):
+    kinds = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
     absent = NO_SLOPE
 
     def config(self):

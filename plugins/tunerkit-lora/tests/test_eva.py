@@ -74,7 +74,8 @@ def same_rows(ours, theirs):
     """Assert that two factors hold the same directions, up to their signs."""
     assert ours.shape == theirs.shape
     signs = (ours * theirs).sum(1, keepdim=True).sign()
-    torch.testing.assert_close(signs * ours, theirs, atol=1e-3, rtol=1e-3)
+    # Both search in twice as many directions from random ones.
+    torch.testing.assert_close(signs * ours, theirs, atol=1e-2, rtol=1e-2)
 
 
 def test_pca_of_batches_is_pefts():

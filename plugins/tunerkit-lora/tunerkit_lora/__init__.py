@@ -4,25 +4,38 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tunerkit import BaseTuner, Method, hookimpl
+from tunerkit import Method, hookimpl
 from tunerkit.defaults import find_site
+from tunerkit.sites import OutputProjectionSite
 from tunerkit_lora.adapter import LoraAdapter
 from tunerkit_lora.anchored import AnchoredLora
+from tunerkit_lora.attention import LoraAttention, LoraOutputProjection
 from tunerkit_lora.base import LowRankAdapter
 from tunerkit_lora.config import LoraConfig, LoraRuntimeConfig
 from tunerkit_lora.convolution import LoraConvolution
 from tunerkit_lora.dora import AnchoredDora, DoraConvolution, DoraEmbedding, DoraLinear
 from tunerkit_lora.embedding import LoraEmbedding
+from tunerkit_lora.experts import LoraExperts
 from tunerkit_lora.inits.eva import get_eva_state_dict, initialize_lora_eva_weights
-from tunerkit_lora.layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from tunerkit_lora.layers import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    Linear,
+    LoraLayer,
+    MultiheadAttention,
+    ParamWrapper,
+)
+from tunerkit_lora.model import LoraModel
 from tunerkit_lora.scale import rescale_adapter_scale
 from tunerkit_lora.subconfigs import EvaConfig, LoftQConfig
-from tunerkit_lora.targets import DEFAULT_TARGETS
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tunerkit.adapter import Adapter
+    from tunerkit.sites import Site
 
 __all__ = [
     "AnchoredDora",
@@ -38,13 +51,18 @@ __all__ = [
     "Linear",
     "LoftQConfig",
     "LoraAdapter",
+    "LoraAttention",
     "LoraConfig",
     "LoraConvolution",
     "LoraEmbedding",
+    "LoraExperts",
     "LoraLayer",
     "LoraModel",
+    "LoraOutputProjection",
     "LoraRuntimeConfig",
     "LowRankAdapter",
+    "MultiheadAttention",
+    "ParamWrapper",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "method",
@@ -52,15 +70,7 @@ __all__ = [
 ]
 
 
-class LoraModel(BaseTuner, method="lora"):
-    """A tuner is one exactly while it holds a LoRA adapter."""
-
-    prefix = "lora_"
-    tuner_layer_cls = LoraLayer
-    target_module_mapping = DEFAULT_TARGETS
-
-
-_PLAIN: tuple[type[LowRankAdapter], ...] = (LoraAdapter, LoraEmbedding, LoraConvolution)
+_PLAIN: tuple[type[LowRankAdapter], ...] = (LoraAdapter, LoraEmbedding, LoraConvolution, LoraAttention, LoraExperts)
 _DORA: tuple[type[LowRankAdapter], ...] = (DoraLinear, DoraEmbedding, DoraConvolution)
 
 method = Method(config=LoraConfig, adapter=(*_PLAIN, AnchoredLora, *_DORA, AnchoredDora), tuner=LoraModel)
@@ -72,10 +82,12 @@ def _create_and_replace(
 ) -> Adapter:
     """Make the adapter for the kind of layer and what the config asks for."""
     site = find_site(method, peft_config, target, current_key, parameter_name)
-    return _adapter_class(site.kind, peft_config)(site, peft_config)
+    return _adapter_class(site, peft_config)(site, peft_config)
 
 
-def _adapter_class(kind: str, config: LoraConfig) -> type[LowRankAdapter]:
-    if config.is_anchored and kind == "linear":
+def _adapter_class(site: Site, config: LoraConfig) -> type[LowRankAdapter]:
+    if isinstance(site, OutputProjectionSite):
+        return LoraOutputProjection
+    if config.is_anchored and site.kind == "linear":
         return AnchoredDora if config.use_dora else AnchoredLora
-    return next(adapter for adapter in (_DORA if config.use_dora else _PLAIN) if kind in adapter.kinds)
+    return next(adapter for adapter in (*(_DORA if config.use_dora else ()), *_PLAIN) if site.kind in adapter.kinds)

@@ -29,6 +29,7 @@ class LoraAdapter(LowRankAdapter):
     """
 
     entries: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    factor_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
@@ -47,15 +48,15 @@ class LoraAdapter(LowRankAdapter):
         """Return the layers that are run one after the other."""
         return self.lora_A, self.lora_B
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return ``A``, r x inputs, and ``B``, outputs x r, as matrices."""
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Return the matrices ``A`` and ``B`` whose product is the update without its scale."""
         first, second = self.pair()
         return first.weight.flatten(1), second.weight.flatten(1)  # type: ignore[operator]
 
     def delta(self, base: Site) -> Tensor:
         """Return ``s B A``, out x in."""
         del base
-        first, second = self.factors()
+        first, second = self.product()
         return self.scaling * (second @ first)
 
     def delta_bias(self, base: Site) -> Tensor | None:
@@ -63,6 +64,11 @@ class LoraAdapter(LowRankAdapter):
         del base
         bias = self.lora_B.bias
         return None if bias is None else self.scaling * bias
+
+    @property
+    def factor_bias(self) -> Tensor | None:
+        """The bias of ``B``, or None."""
+        return self.lora_B.bias
 
     def forward(self, x: Tensor, below: Below) -> Tensor:
         """Return the inherited result without building the full-size delta; only this way has dropout."""

@@ -13,6 +13,7 @@ from tunerkit_lora.adapter import LoraAdapter
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tunerkit.adapter import Adapter
     from tunerkit.sites import Below, Site
     from tunerkit_lora.config import LoraConfig
 
@@ -40,6 +41,17 @@ class AnchoredLora(LoraAdapter):
     def forward(self, x: Tensor, below: Below) -> Tensor:
         """Return the inherited result from both products at once; dropout acts on the input of both."""
         return self.added(below(x), self.dropped(x), below.base)
+
+    @property
+    def room(self) -> int:
+        """The rank that the factors have room for; of a weight of a lower rank than `r` they have that many."""
+        return self.r + len(self.lora_A.weight) - len(self.lora_start_A)
+
+    def take(self, other: Adapter) -> None:
+        """Take over another adapter, and what it started from; see `Adapter.take`."""
+        super().take(other)
+        if isinstance(other, AnchoredLora):
+            self.lora_start_A, self.lora_start_B = other.lora_start_A, other.lora_start_B
 
     def pair(self) -> tuple[nn.Module, nn.Module]:
         """Return the two factors of the whole product."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tunerkit.adapter import AdditiveAdapter
-from tunerkit.errors import CheckpointError
+from tunerkit.errors import AdapterStateError, CheckpointError
+from tunerkit_lora.ranks import resize_first, resize_second
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tunerkit.adapter import Adapter
     from tunerkit.sites import Site
     from tunerkit_lora.config import LoraConfig
 
@@ -29,14 +32,19 @@ class LowRankAdapter(AdditiveAdapter):
         lora_dropout: The probability with which each element of the input is dropped while training.
         lora_bias: Whether the second factor has a bias.
         use_dora: Whether magnitude and direction of the weight are learned apart.
+        factor_keys: Where the first and the second factor are.
+        rank_groups: Into how many groups the rank is divided.
     """
 
     use_dora: bool = False
+    settings: ClassVar[tuple[str, ...]] = ("scaling",)
+    factor_keys: ClassVar[tuple[str, str]]
+    rank_groups: int = 1
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
-        self.r = config.rank_for(site.name)
-        self.lora_alpha = config.alpha_for(site.name)
+        self.r = config.rank_for(site.settings_name)
+        self.lora_alpha = config.alpha_for(site.settings_name)
         self.use_rslora = config.use_rslora
         self.scaling = self.initial_scaling
         self.lora_dropout = config.lora_dropout
@@ -49,9 +57,10 @@ class LowRankAdapter(AdditiveAdapter):
 
     # The words in which DoRA is written
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return ``A``, r x inputs, and ``B``, outputs x r, as matrices."""
-        raise NotImplementedError
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Return the matrices ``A``, r x inputs, and ``B``, outputs x r, whose product is the update without scale."""
+        second, first = self.factors
+        return first, second
 
     def added(self, y: Tensor, x: Tensor, base: Site, gain: Tensor | None = None) -> Tensor:
         """Return an output of the layer with the update added, without a matrix of the weight's size.
@@ -94,3 +103,79 @@ class LowRankAdapter(AdditiveAdapter):
         if leaf == "bias":
             return tensor - before
         return torch.cat([tensor, before]) if entry == self.entries[0] else torch.cat([tensor, -before], 1)
+
+    # What others do with the factors: combining, and making room for larger ones
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The second factor, out x rank, and the first, rank x in, flattened; the very tensors."""
+        down, up = (self.get_parameter(key).flatten(1) for key in self.factor_keys)
+        return up, down
+
+    @property
+    def factor_bias(self) -> Tensor | None:
+        """The bias of the second factor, of size out, or None."""
+        return None
+
+    def make_room(self, rank: int | None, device: torch.device) -> None:
+        """Fill the factors up with zeros to a rank, and make the scale a tensor; see `Adapter.make_room`."""
+        super().make_room(rank, device)
+        if rank is not None:
+            self._hold(rank)
+
+    @property
+    def room(self) -> int:
+        """The rank that the factors have room for: `r`, or more while they are filled up with zeros."""
+        return len(self.get_parameter(self.factor_keys[0]))
+
+    def resize(self, first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the factors filled up with zeros, or cut, to a rank."""
+        return resize_first(first, rank, self.rank_groups), resize_second(second, rank, self.rank_groups)
+
+    def take(self, other: Adapter) -> None:
+        """Take over another adapter, whatever its rank; see `Adapter.take`. A larger rank needs new tensors."""
+        if not isinstance(other, LowRankAdapter):
+            super().take(other)
+            return
+        if type(other) is not type(self):
+            msg = (
+                f"The adapter is a {type(other).__name__} there and a {type(self).__name__} here (use_dora, "
+                "init_lora_weights), so it cannot be swapped in place. Load it as another adapter."
+            )
+            raise AdapterStateError(msg)
+        room = max(self.room, other.room)
+        self._hold(room)
+        other._hold(room)
+        super().take(other)
+        self.r, self.lora_alpha = other.r, other.lora_alpha
+
+    def _hold(self, rank: int) -> None:
+        """Fill the factors up with zeros to a rank; what is there already is left as it is."""
+        if rank == self.room:
+            return
+        if rank < self.room or rank % self.rank_groups:
+            why = f"its layer has {self.rank_groups} groups, which divide it"
+            if rank < self.room:
+                why = f"it has rank {self.room}"
+            msg = f"An adapter cannot be brought to rank {rank}: {why}. Choose another target_rank."
+            raise AdapterStateError(msg)
+        old = [self.get_parameter(key) for key in self.factor_keys]
+        for key, before, after in zip(self.factor_keys, old, self.resize(old[0], old[1], rank), strict=True):
+            module, _, leaf = key.rpartition(".")
+            made = nn.Parameter(after.detach(), requires_grad=before.requires_grad)
+            self.get_submodule(module)._parameters[leaf] = made
+
+    def to_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors without the zeros that the factors were filled up with."""
+        return tensors if self.room == self.r else self._resized(tensors, self.r)
+
+    def from_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a checkpoint's tensors, filled up with zeros as those of the adapter are."""
+        return tensors if self.room == self.r else self._resized(tensors, self.room)
+
+    def _resized(self, tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+        first, second = self.factor_keys
+        return {
+            **tensors,
+            **dict(zip(self.factor_keys, self.resize(tensors[first], tensors[second], rank), strict=True)),
+        }

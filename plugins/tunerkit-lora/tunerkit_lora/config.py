@@ -60,7 +60,7 @@ class LoraConfig(PeftConfig):
             layers is corrected in the completed config, with a `ConfigWarning`.
         bias: Which biases of the base are trained too. *(not built)*
         use_rslora: Whether `scaling` is divided by the root of the rank rather than by the rank.
-        modules_to_save: Modules to train and save as a whole. *(not built)*
+        modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
             standard deviation `1 / r`, `B` zero. `False`: both as PyTorch starts a linear layer, so that the adapter
             changes the output at once; for tests.
@@ -86,7 +86,8 @@ class LoraConfig(PeftConfig):
         runtime_config: Settings of this run, which are not saved.
         lora_bias: Whether `B` has a bias, which is trained and scaled with it. Not for embeddings, and only with
             `init_lora_weights` at `True` or `False`.
-        target_parameters: Bare parameters to adapt, by name. *(not built)*
+        target_parameters: Bare parameters to adapt, matrices or stacks of matrices such as a mixture's fused experts:
+            paths or the ends of them after a dot. Without dropout, DoRA and `lora_bias`, which need a layer.
         use_bdlora: Settings of block-diagonal factors (BD-LoRA). *(not built)*
         arrow_config: Settings of Arrow's routing between adapters. *(not built)*
         kasa_config: Settings of KaSA. *(not built)*
@@ -105,7 +106,7 @@ class LoraConfig(PeftConfig):
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = unbuilt("none")
     use_rslora: bool = False
-    modules_to_save: list[str] | None = unbuilt(None)
+    modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = unbuilt(None)
     layers_pattern: list[str] | str | None = unbuilt(None)
@@ -127,7 +128,7 @@ class LoraConfig(PeftConfig):
     layer_replication: list[tuple[int, int]] | None = unbuilt(None)
     runtime_config: LoraRuntimeConfig = setting(factory=LoraRuntimeConfig, saved=False)
     lora_bias: bool = False
-    target_parameters: list[str] | None = unbuilt(None)
+    target_parameters: list[str] | None = None
     use_bdlora: dict[str, Any] | None = unbuilt(None)
     arrow_config: dict[str, Any] | None = unbuilt(None)
     kasa_config: dict[str, Any] | None = unbuilt(None)

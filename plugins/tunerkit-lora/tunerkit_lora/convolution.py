@@ -41,6 +41,7 @@ class LoraConvolution(LoraAdapter):
             raise UnsupportedSiteError(msg)
         super().__init__(site, config)
         self.unfoldable = GROUPED if groups > 1 else None
+        self.rank_groups = groups
 
     @staticmethod
     def make_layers(site: Any, first: Tensor, second: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:

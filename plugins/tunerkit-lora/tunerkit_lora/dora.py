@@ -76,7 +76,7 @@ class DoraAdapter(LowRankAdapter):
                 f"{self.unfoldable}. Leave use_dora out, or do not target it."
             )
             raise UnsupportedSiteError(msg)
-        first, second = self.factors()
+        first, second = self.product()
         lengths = site.empty(len(second)) if first.is_meta else norms(self.rows(site), first, second, self.scaling)
         self.lora_magnitude_vector = Magnitude(self.shaped(lengths.to(site.dtype)))
 
@@ -90,7 +90,7 @@ class DoraAdapter(LowRankAdapter):
 
     def gain(self, base: Site) -> Tensor:
         """Return ``g``, the factor by which each output grows, of size out."""
-        lengths = norms(self.rows(base), *self.factors(), self.scaling)
+        lengths = norms(self.rows(base), *self.product(), self.scaling)
         return self.lora_magnitude_vector.weight.flatten() / lengths
 
     def delta(self, base: Site) -> Tensor:
@@ -125,10 +125,12 @@ class DoraAdapter(LowRankAdapter):
 
     def to_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors with the magnitude named as in PEFT's files, without `.weight`."""
+        tensors = super().to_checkpoint(tensors)
         return {_KEY if key == f"{_KEY}.weight" else key: tensor for key, tensor in tensors.items()}
 
     def from_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a checkpoint's tensors with the magnitude named as in the model."""
+        tensors = super().from_checkpoint(tensors)
         return {f"{_KEY}.weight" if key == _KEY else key: tensor for key, tensor in tensors.items()}
 
 

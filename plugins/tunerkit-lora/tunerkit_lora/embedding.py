@@ -23,6 +23,7 @@ class LoraEmbedding(LowRankAdapter):
     """
 
     entries: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
+    factor_keys: ClassVar[tuple[str, str]] = ("lora_embedding_A", "lora_embedding_B")
     kinds: ClassVar[frozenset[str]] = frozenset({"embedding"})
 
     def __init__(self, site: EmbeddingSite, config: LoraConfig) -> None:
@@ -36,10 +37,6 @@ class LoraEmbedding(LowRankAdapter):
         first, second = starting_factors(site, self.r, config)
         self.lora_embedding_A = nn.Parameter(first)
         self.lora_embedding_B = nn.Parameter(second, requires_grad=config.trains_second)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return ``A``, r x tokens, and ``B``, width x r."""
-        return self.lora_embedding_A, self.lora_embedding_B
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return the tokens themselves, which cannot be dropped in part."""

@@ -114,6 +114,14 @@ class Conv3d(LoraLayer, method="lora", kind="conv3d"):
     """A convolution over three dimensions with a LoRA adapter."""
 
 
+class MultiheadAttention(LoraLayer, method="lora", kind="attention"):
+    """An attention layer with a LoRA adapter on its fused input projections."""
+
+
+class ParamWrapper(LoraLayer, method="lora", kind="parameter"):
+    """A module of which one parameter has a LoRA adapter."""
+
+
 def _low_rank(layer: AdaptedLayer, names: Iterable[str]) -> list[tuple[str, LowRankAdapter]]:
     adapters = layer.adapters
     return [(name, low) for name in names if isinstance(low := adapters.get(name), LowRankAdapter)]
