@@ -236,7 +236,7 @@ def test_the_magnitude_comes_from_the_bare_weight_also_when_something_is_merged(
     assert_close(model.get_base_model().wide.lora_magnitude_vector["dora"].weight, lengths)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
 @pytest.mark.parametrize("init", [True, "pissa"])
 def test_a_copy_is_the_same_and_its_own(copied, init):
     both = pair(init_lora_weights=init)

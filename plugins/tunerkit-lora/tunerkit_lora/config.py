@@ -63,7 +63,8 @@ class LoraConfig(PeftConfig):
         modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
             standard deviation `1 / r`, `B` zero. `False`: both as PyTorch starts a linear layer, so that the adapter
-            changes the output at once; for tests.
+            changes the output at once; for tests. `"pissa"`, `"pissa_niter_<number>"`, `"olora"`, `"orthogonal"`,
+            `"mica"` and `"eva"`: see `tunerkit_lora.inits`; for linear layers, `"mica"` for embeddings too.
         layers_to_transform: The numbers of the layers to adapt. *(not built)*
         layers_pattern: The name before a layer's number. *(not built)*
         rank_pattern: Ranks of single modules, by regexes that fit a module's path or the end of it after a dot. The
@@ -72,11 +73,11 @@ class LoraConfig(PeftConfig):
         megatron_config: Arguments of Megatron's parallel layers. *(not built)*
         megatron_core: The module that holds Megatron's core. *(not built)*
         trainable_token_indices: Rows of an embedding to train. *(not built)*
-        loftq_config: Settings of the LoftQ start. *(not built)*
-        eva_config: Settings of the EVA start. *(not built)*
-        corda_config: Settings of the CorDA start. *(not built)*
-        lora_ga_config: Settings of the LoRA-GA start. *(not built)*
-        use_dora: Whether magnitude and direction of the weight are learned apart (DoRA). *(not built)*
+        loftq_config: Settings of the LoftQ start, which is not made here; without effect.
+        eva_config: Settings of the start `"eva"`, an `EvaConfig`.
+        corda_config: Settings of the CorDA start, which is not made here; without effect.
+        lora_ga_config: Settings of the LoRA-GA start, which is not made here; without effect.
+        use_dora: Whether magnitude and direction of the weight are learned apart (DoRA).
         velora_config: Settings of VeLoRA's compressed activations. *(not built)*
         alora_invocation_tokens: The tokens after which the adapter sets in (aLoRA). *(not built)*
         use_qalora: Whether the input is pooled for a grouped quantisation (QALoRA). *(not built)*
