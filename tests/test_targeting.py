@@ -14,7 +14,17 @@ from tunerkit import get_peft_model, get_peft_model_state_dict, inject_adapter_i
 from tunerkit.config import PeftConfig
 from tunerkit.errors import NoMatchingPeftModuleError
 from tunerkit.layer import tuner_layers
-from tunerkit.targeting import all_linear, endings, keys_in_state, match_name, match_target, places, wants_all_linear
+from tunerkit.targeting import (
+    all_linear,
+    endings,
+    keys_in_state,
+    match_name,
+    match_pattern,
+    match_target,
+    pattern_value,
+    places,
+    wants_all_linear,
+)
 from tunerkit_ia3 import IA3Config
 from tunerkit_lora import LoraConfig
 from tunerkit_lora.targets import DEFAULT_TARGETS
@@ -82,6 +92,31 @@ class TestMatching:
     def test_endings(self):
         assert list(endings("a.b.c")) == ["a.b.c", "b.c", "c"]
         assert list(endings("a")) == ["a"]
+
+
+class TestPatterns:
+    @pytest.mark.parametrize(
+        ("pattern", "path", "fits"),
+        [
+            ("q", "layers.0.q", True),
+            ("q", "layers.0.seq", False),
+            ("q", "q", True),
+            ("q", "q.base", False),
+            (r"layers\.\d+", "model.layers.12", True),
+            ("^layers.0", "layers.0", True),
+            ("^layers.0", "model.layers.0", False),
+            ("q|v", "layers.0.v", True),
+            ("0.q", "layers.10.q", False),
+        ],
+    )
+    def test_fit_a_path_or_its_end(self, pattern, path, fits):
+        assert match_pattern(pattern, path) is fits
+        assert pattern_value({pattern: 1}, path, 2) == (1 if fits else 2)
+
+    def test_the_first_that_fits_counts(self):
+        assert pattern_value({"v": 1, ".*": 2, "q": 3}, "layers.q", 4) == 2
+        assert pattern_value({}, "q", 4) == 4
+        assert pattern_value(None, "q", 4) == 4
 
 
 class Head(nn.Module):

@@ -303,6 +303,8 @@ def test_a_row_of_zeros_gives_no_nan():
     base = nn.Sequential(nn.Linear(4, 3))
     with torch.no_grad():
         base[0].weight[1] = 0
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, use_dora=True, target_modules=["0"]))
+    assert torch.isnan(theirs(torch.randn(2, 4))).any()
     model = tunerkit.get_peft_model(base, LoraConfig(r=2, use_dora=True, target_modules=["0"]))
     assert torch.isfinite(model(torch.randn(2, 4))).all()
 
