@@ -357,12 +357,19 @@ def test_a_convolution_with_groups_is_refused():
     assert type(base[0]) is nn.Conv2d
 
 
+class Doubled(nn.Embedding):
+    def forward(self, tokens):
+        return 2 * super().forward(tokens)
+
+
 def test_an_embedding_that_does_more_than_look_up():
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Embedding(6, 4))
-    base[0].register_forward_hook(lambda module, args, output: 2 * output)
+    base = nn.Sequential(Doubled(6, 4))
     model = tunerkit.get_peft_model(base, LoraConfig(r=2, use_dora=True, target_modules=["0"], init_lora_weights=False))
+    with torch.no_grad():
+        model.get_base_model()[0].lora_magnitude_vector["default"].weight.mul_(1.5)
     tokens = torch.arange(6)
     layer = model.get_base_model()[0]
     weight, _ = layer.adapters["default"].merged(layer.site)
+    assert (weight - layer.base_layer.weight).abs().max() > 1e-3
     assert_close(model(tokens), 2 * weight)
