@@ -357,6 +357,17 @@ def test_a_convolution_with_groups_is_refused():
     assert type(base[0]) is nn.Conv2d
 
 
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [({"use_dora": True}, "use_dora=True"), ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'")],
+)
+def test_an_attention_layer_is_refused(settings, asked):
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(UnsupportedSiteError, match=f"attention.* cannot be adapted with {asked}. Leave it out, or do"):
+        tunerkit.get_peft_model(base, LoraConfig(r=2, target_modules=["attention"], **settings))
+    assert type(base["attention"]) is nn.MultiheadAttention
+
+
 class Doubled(nn.Embedding):
     def forward(self, tokens):
         return 2 * super().forward(tokens)
