@@ -15,6 +15,7 @@ from tunerkit.config import PEFT_FORMAT_VERSION
 from tunerkit.errors import (
     AdapterNameError,
     CheckpointError,
+    CheckpointNotFoundError,
     ConfigError,
     LoadWarning,
     PluginError,
@@ -267,10 +268,8 @@ class TestSave:
             CheckpointError, match="safe_serialization=False would write a pickle, which can run code when"
         ):
             model.save_pretrained(tmp_path / "out", safe_serialization=False)
-        with pytest.raises(
-            ConfigError, match="path_initial_model_for_weight_conversion is not supported by this version"
-        ):
-            model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion="x")
+        with pytest.raises(CheckpointNotFoundError, match="x"):
+            model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "x")
         with pytest.raises(ConfigError, match="save_embedding_layers=True is not supported"):
             model.save_pretrained(tmp_path / "out", save_embedding_layers=True)
         assert not (tmp_path / "out").exists()
