@@ -52,15 +52,17 @@ PLACES = {
         "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
         "PeftModelForTokenClassification"
     ),
-    LORA: "LoraConfig LoraModel LoraRuntimeConfig",
+    LORA: (
+        "EvaConfig LoftQConfig LoraConfig LoraModel LoraRuntimeConfig get_eva_state_dict initialize_lora_eva_weights"
+    ),
     IA3: "IA3Config IA3Model",
     LATER: (
         "ArrowConfig AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
         "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
-        "AutoPeftModelForTokenClassification BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig "
+        "AutoPeftModelForTokenClassification BdLoraConfig KasaConfig LoraGAConfig "
         "MontecloraConfig "
         "VeloraConfig "
-        "convert_to_lora create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights "
+        "convert_to_lora create_arrow_model find_kappa_target_modules "
         "preprocess_loraga replace_lora_weights_loftq save_as_lora"
     ),
     METHOD: (
