@@ -38,6 +38,7 @@ BUILT = {
     "r": 4,
     "target_modules": ["q", "v"],
     "exclude_modules": "head.*",
+    "target_parameters": ["head.weight"],
     "modules_to_save": ["head"],
     "lora_alpha": 16,
     "lora_dropout": 0.1,
