@@ -155,6 +155,25 @@ class PeftConfig:
         for name in self._sets:
             if isinstance(getattr(self, name, None), (list, tuple, frozenset)):
                 setattr(self, name, set(getattr(self, name)))
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Check the choice of layers of the methods that have one: it narrows a list of targets."""
+        numbers, patterns = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
+        targets = getattr(self, "target_modules", None)
+        for name, value in (("layers_to_transform", numbers), ("layers_pattern", patterns)):
+            if isinstance(targets, str) and value is not None:
+                msg = (
+                    f"{type(self).__name__}.{name}={value!r} narrows a list of names in target_modules, which is the "
+                    f"text {targets!r}. Pass a list, or say in the pattern which layers are meant."
+                )
+                raise ConfigError(msg)
+        if patterns and numbers is None:
+            msg = (
+                f"{type(self).__name__}.layers_pattern={patterns!r} is the name before a layer's number and does "
+                "nothing without layers_to_transform. Set that too, or leave both out."
+            )
+            raise ConfigError(msg)
 
     def _settle_types(self) -> None:
         own = next((item.default for item in dataclasses.fields(self) if item.name == "peft_type"), None)

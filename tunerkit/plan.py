@@ -15,6 +15,7 @@ from tunerkit.layer import BaseTunerLayer
 from tunerkit.naming import closest, listing
 from tunerkit.targeting import (
     ALL_LINEAR,
+    LayerChoice,
     all_linear,
     bare,
     endings,
@@ -72,6 +73,8 @@ class Plan:
         entries: For each entry of `target_modules` and `target_parameters`, how many modules it matched.
         exclusions: For each entry of `exclude_modules`, how many modules it matched.
         targets: The modules to adapt.
+        layers: For each number in `layers_to_transform` and each entry of `layers_pattern`, how many targeted modules
+            are in such a layer.
     """
 
     config: PeftConfig
@@ -79,6 +82,7 @@ class Plan:
     entries: dict[str, int]
     exclusions: dict[str, int]
     targets: tuple[Target, ...] = field(repr=False)
+    layers: dict[int | str, int] = field(default_factory=dict)
 
     @property
     def adapted(self) -> list[str]:
@@ -92,7 +96,11 @@ class Plan:
         wanted = [("target_parameters" if entry in parameters else "target_modules", entry) for entry in self.entries]
         left = [(where, entry) for where, entry in wanted if not self.entries[entry]]
         left += [("exclude_modules", entry) for entry, count in self.exclusions.items() if not count]
-        return [f"{entry!r} in {where} matches nothing{_hint(entry, names)}" for where, entry in left]
+        said = [f"{entry!r} in {where} matches nothing{_hint(entry, names)}" for where, entry in left]
+        for entry in (entry for entry, count in self.layers.items() if not count):
+            where = "layers_pattern" if isinstance(entry, str) else "layers_to_transform"
+            said.append(f"{entry!r} in {where} matches no layer with targeted modules")
+        return said
 
     def __str__(self) -> str:
         groups: Counter[tuple[str, str, str, str]] = Counter()
@@ -159,7 +167,14 @@ def make_plan(
             decisions.append(Decision(key, type(bare(module)).__name__, verdict, reason))
         elif verdict == "adapted":
             decisions.append(Decision(f"{key}.{parameter}", "Parameter", verdict, reason))
-    plan = Plan(config, tuple(decisions), dict(matcher.entries), dict(matcher.exclusions), tuple(targets.values()))
+    plan = Plan(
+        config,
+        tuple(decisions),
+        dict(matcher.entries),
+        dict(matcher.exclusions),
+        tuple(targets.values()),
+        dict(matcher.layers),
+    )
     if not targets:
         raise NoMatchingPeftModuleError(_nothing_matched(model, plan, state_keys is not None))
     return plan
@@ -201,6 +216,17 @@ def _check_pattern(setting: str, wanted: str) -> None:
         raise TargetError(msg) from error
 
 
+def _check_layer_patterns(choice: LayerChoice) -> None:
+    try:
+        choice.find("")
+    except re.error as error:
+        msg = (
+            f"layers_pattern={list(choice.patterns)} holds a broken regular expression for the name before a layer's "
+            f"number: {error}. Mend it; mostly it is just that name, such as 'layers'."
+        )
+        raise TargetError(msg) from error
+
+
 def _refuse_target_parameters(config: PeftConfig) -> None:
     if getattr(config, "target_parameters", None):
         msg = "target_parameters cannot be found from the keys of a state dict; attach by the config instead."
@@ -224,12 +250,18 @@ class _Matcher:
                 _check_pattern(setting, wanted)
             counter.update(dict.fromkeys([wanted] if isinstance(wanted, str) else sorted(wanted or ()), 0))
         self.entries.update(dict.fromkeys(sorted(self.parameters), 0))
+        self.choice = LayerChoice.of(config)
+        self.layers: Counter[int | str] = Counter()
+        if self.choice is not None:
+            _check_layer_patterns(self.choice)
+            self.layers.update(dict.fromkeys((*self.choice.numbers, *self.choice.patterns), 0))
 
     def only_in(self, paths: set[str]) -> None:
         """Decide by these paths alone, whatever the config says."""
         self.only = paths
         self.entries.clear()
         self.exclusions.clear()
+        self.layers.clear()
 
     def decide(self, key: str, parameter: str | None) -> tuple[Verdict, str]:
         """Say whether a module is adapted, or one parameter of it, and why."""
@@ -241,15 +273,24 @@ class _Matcher:
             return ("adapted", "in the state dict") if key in self.only else ("not matched", "")
         found = self.chooser._check_target_module_exists(self.config, key)
         if found:
+            self._count_layer(key)
             return "adapted", self._count(self.entries, found, key)
         excluded = self.excluded and match_name(self.excluded, key)
+        if not excluded and self.choice is None:
+            return "not matched", ""
+        # What is excluded was matched all the same: the entry is not one that means nothing.
+        meant = match_name(getattr(self.config, "target_modules", None), key)
+        if meant:
+            self._count(self.entries, meant, key)
+            self._count_layer(key)
         if excluded:
-            # What is excluded was matched all the same: the entry is not one that means nothing.
-            meant = match_name(getattr(self.config, "target_modules", None), key)
-            if meant:
-                self._count(self.entries, meant, key)
             return "excluded", self._count(self.exclusions, excluded, key)
-        return "not matched", ""
+        return ("excluded", "layers_to_transform") if meant else ("not matched", "")
+
+    def _count_layer(self, key: str) -> None:
+        """Count the layer in which a targeted module is."""
+        found = None if self.choice is None else self.choice.find(key)
+        self.layers.update(name for name in found or () if name in self.layers)
 
     @staticmethod
     def _count(counter: Counter[str], found: str | re.Match[str] | bool, key: str) -> str:
@@ -295,6 +336,14 @@ def _nothing_matched(model: nn.Module, plan: Plan, from_state: bool) -> str:
         return f"The config targets nothing: set target_modules to names of modules, a pattern, or {ALL_LINEAR!r}."
     where = "target_modules" if getattr(plan.config, "target_modules", None) else "target_parameters"
     target = f"{where}={_shown(getattr(plan.config, where))}"
+    if any(plan.entries.values()) and any(item.reason == "layers_to_transform" for item in plan.decisions):
+        settings = {name: getattr(plan.config, name, None) for name in ("layers_to_transform", "layers_pattern")}
+        chosen = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
+        first = next(item.name for item in plan.decisions if item.reason == "layers_to_transform")
+        return (
+            f"{target} matches modules such as {first!r}, and none that is in a layer which {chosen} means. A layer's "
+            "number stands in the path after a name, which layers_pattern can give."
+        )
     if any(plan.entries.values()):
         return (
             f"{target} matches {sum(plan.entries.values())} modules, and all of them are excluded by "

@@ -20,8 +20,6 @@ UNBUILT = {
     "fan_in_fan_out": True,
     "bias": "lora_only",
     "modules_to_save": ["head"],
-    "layers_to_transform": 0,
-    "layers_pattern": "layers",
     "rank_pattern": {"head": 2},
     "alpha_pattern": {"head": 2.5},
     "megatron_config": {"hidden": 1},
@@ -54,6 +52,8 @@ BUILT = {
     "lora_dropout": 0.1,
     "use_rslora": True,
     "init_lora_weights": "gaussian",
+    "layers_to_transform": [0, 2],
+    "layers_pattern": "layers",
     "task_type": "CAUSAL_LM",
     "revision": "main",
 }

@@ -46,8 +46,9 @@ class LoraConfig(PeftConfig):
         init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
             standard deviation `1 / r`, `B` zero. `False`: both as PyTorch starts a linear layer, so that the adapter
             changes the output at once; for tests.
-        layers_to_transform: The numbers of the layers to adapt. *(not built)*
-        layers_pattern: The name before a layer's number. *(not built)*
+        layers_to_transform: The number of the layer to adapt, or several: of the modules that a list of targets means
+            by the end of their path, only those in these layers are adapted.
+        layers_pattern: A regex for the name before a layer's number in a path, or several; if not given, any name.
         rank_pattern: Ranks of single modules. *(not built)*
         alpha_pattern: `lora_alpha` of single modules. *(not built)*
         megatron_config: Arguments of Megatron's parallel layers. *(not built)*
@@ -87,8 +88,8 @@ class LoraConfig(PeftConfig):
     use_rslora: bool = False
     modules_to_save: list[str] | None = unbuilt(None)
     init_lora_weights: bool | Literal["gaussian"] = True
-    layers_to_transform: list[int] | int | None = unbuilt(None)
-    layers_pattern: list[str] | str | None = unbuilt(None)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = unbuilt(factory=dict)
     alpha_pattern: dict[str, float] | None = unbuilt(factory=dict)
     megatron_config: dict[str, Any] | None = unbuilt(None)
