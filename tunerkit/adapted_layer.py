@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from tunerkit.adapter import AdditiveAdapter
-from tunerkit.errors import AdapterStateError, MergeError, RouteError
-from tunerkit.folding import Merged, Stacked, fold, merge_order
+from tunerkit.errors import AdapterStateError, MergeError, RouteError, UnknownAdapterError
+from tunerkit.folding import Merged, fold, merge_order, stacked
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.names import PerAdapter, expose, withdraw
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
-from tunerkit.sites import Below, Bound, ParameterSite, Site
+from tunerkit.sites import SHOWN, Bound, ParameterSite, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +35,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     """
 
     base_layer: nn.Module
+    follows_routes: ClassVar[bool] = True
 
     def __init__(self, site: Site, owner: Owner) -> None:
         super().__init__()
@@ -55,7 +56,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     _stack: tuple[Adapter, ...]
     _sole: Adapter | None
     _site: Site
-    _owner: Owner
     _merged: Merged | None
     _merged_before: list[str] | None
 
@@ -71,18 +71,19 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return adapter.forward(args[0], site if site.module is base else site.at(base))  # type: ignore[arg-type]
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        names = current(self._owner)
-        if CALL.route is not None:
-            check_held(self._owner)
-        stack = self._stack if names is None else self._routed(names)
+        stack = self._standing()
         site = self.site
         if not stack or not (args or kwargs):
             return site.module(*args, **kwargs)  # type: ignore[no-any-return]
         x, args, kwargs = _split_input(site.owner, args, kwargs)
-        below: Below = Bound(site, self.bare_site, args, kwargs)
-        for adapter in stack:
-            below = Stacked(adapter, below)
-        return below(x)
+        return stacked(stack, Bound(site, self.bare_site, args, kwargs))(x)
+
+    def _standing(self) -> tuple[Adapter, ...]:
+        """Return the adapters that take part in what this thread does now, from the lowest up."""
+        names = current(self._owner)
+        if CALL.route is not None:
+            check_held(self._owner)
+        return self._stack if names is None else self._routed(names)
 
     def _routed(self, names: tuple[str, ...]) -> tuple[Adapter, ...]:
         if self._merged is not None:
@@ -103,6 +104,24 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def bare_site(self) -> Site:
         """The base layer with its own weight, also while adapters are merged into it."""
         return self.site if self._merged is None else self._merged.bare(self.site)
+
+    def _read(self, name: str) -> Tensor | None:
+        """Return the weight or bias of a site whose parameters are read, as a call made here and now would have it."""
+        site, stack = self.site, self._standing()
+        if not stack:
+            return site.owner._parameters.get(name)
+        below = stacked(stack, Bound(site, self.bare_site, (), {}))
+        return site.fitted(below.weight, below.bias).get(name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; where a layer is read rather than called, with what takes part folded in."""
+        return self._read("weight") if "weight" in self._site.read else super().weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias; where a layer is read rather than called, with what takes part folded in."""
+        return self._read("bias") if "bias" in self._site.read else super().bias
 
     @property
     def parameter_name(self) -> str | None:
@@ -258,8 +277,50 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self.__dict__["_merged"] = None
             self._settle()
 
-    def forget_originals(self) -> dict[str, nn.Parameter | None]:
-        """Give up the merged adapters and return the original parameters; nothing can be unmerged after that."""
+    def check_not_merged(self, name: str) -> None:
+        """Raise `AdapterStateError` if an adapter is merged, so that changing it now would have no effect."""
+        if name in self.merged_adapters:
+            msg = (
+                f"The adapter {name!r} is merged into {self._site.name!r}, so changing it would have no effect there. "
+                "Call unmerge_adapter() first."
+            )
+            raise AdapterStateError(msg)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what an adapter adds to the weight, in the shape in which the layer stores that.
+
+        Args:
+            adapter: The adapter's name.
+
+        Raises:
+            UnknownAdapterError: The layer has no such adapter.
+            AdapterStateError: The adapter does not add something to the weight.
+            MergeError: What this one adds has no such form.
+        """
+        found = self._adapters.get(adapter)
+        if found is None:
+            msg = f"The layer {self._site.name!r} has no adapter {adapter!r}; it has {listing(self._adapters)}."
+            raise UnknownAdapterError(msg)
+        if not isinstance(found, AdditiveAdapter):
+            msg = (
+                f"The adapter {adapter!r} on {self._site.name!r} ({type(found).__name__}) does not add anything to the "
+                "weight, so there is no such thing to return."
+            )
+            raise AdapterStateError(msg)
+        bare = self.bare_site
+        return bare.as_stored(found.delta(bare).reshape(bare.weight.shape))
+
+    def check_merge(self, names: Sequence[str]) -> None:
+        """Raise `MergeError` if an adapter has no merged form, or would be merged past one it does not commute with."""
+        merge_order(self, names)
+
+    def merge_for_good(self, names: list[str]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Merge adapters and give them up; nothing can be unmerged after that.
+
+        Returns:
+            The base layer's parameters that were given up, each with the one in its place.
+        """
+        self.merge(adapter_names=names)
         originals = {} if self._merged is None else self._merged.originals
         merged = self.merged_adapters
         self.__dict__["_merged"] = None
@@ -268,7 +329,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             del self._adapters[name]
         withdraw(self, self._adapters)  # type: ignore[arg-type]
         self._settle()
-        return originals
+        now = self.site.owner._parameters
+        pairs = ((old, now[name]) for name, old in originals.items())
+        return [(old, heir) for old, heir in pairs if old is not None and heir is not None]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter adds something to the weight, so that it can be turned into a low-rank one."""
@@ -299,12 +362,14 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_"):
+            if name.startswith("_") and name not in SHOWN:
                 raise
+        if name in self._site.read:
+            return self._read(name)
         # What the model's own code reads of its layer comes first, then what the adapters have.
         base = self.get_base_layer()
         if not hasattr(base, name) and any(hasattr(adapter, name) for adapter in self._adapters.values()):
-            return PerAdapter(self._adapters, name)  # type: ignore[arg-type]
+            return PerAdapter(self._adapters, name, self.check_not_merged)  # type: ignore[arg-type]
         if not hasattr(base, name):
             for adapter in self._adapters.values():
                 call = _own(adapter.__dict__["_layer_class"], name)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunerkit.errors import AdapterStateError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -30,6 +32,7 @@ class Adapter(nn.Module):
         kinds: The kinds of sites it adapts (`Site.kind`).
         unfoldable: Why this adapter has no merged form, so that only its own `forward` is run; None if it has one.
         commutes: Whether it adds something that depends on neither the adapters below it nor their order.
+        settings: The names of the plain numbers that `forward` reads and that the config decides, such as a scaling.
         part: What this adapter shares with those of the same name at other sites, if the method has a `Part`.
     """
 
@@ -37,6 +40,7 @@ class Adapter(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     unfoldable: str | None = None
     commutes: bool = False
+    settings: ClassVar[tuple[str, ...]] = ()
     part: Part | None = None
 
     def __init__(self, site: Site, config: PeftConfig) -> None:
@@ -68,6 +72,49 @@ class Adapter(nn.Module):
         """Take in the part that all adapters of this name share; called once, before the adapter is used."""
         self.__dict__["part"] = part
 
+    def take(self, other: Adapter) -> None:
+        """Take over the numbers and settings of another adapter of this class for the same site, in place.
+
+        What holds the tensors meanwhile, a compiled model or an optimiser, goes on with the new numbers.
+
+        Raises:
+            AdapterStateError: The tensors have other shapes; nothing was changed.
+        """
+        theirs = other.state_dict()
+        mine = self.state_dict(keep_vars=True)
+        for key, tensor in mine.items():
+            if tensor.shape != theirs[key].shape:
+                msg = (
+                    f"{key!r} is {tuple(theirs[key].shape)} there and {tuple(tensor.shape)} here, so it cannot be "
+                    "swapped in place. Load it as another adapter."
+                )
+                raise AdapterStateError(msg)
+        with torch.no_grad():
+            for key, tensor in mine.items():
+                tensor.copy_(theirs[key])
+            for name in self.settings:
+                own = getattr(self, name)
+                if isinstance(own, Tensor):
+                    own.fill_(getattr(other, name))
+                else:
+                    setattr(self, name, getattr(other, name))
+
+    def make_room(self, rank: int | None, device: torch.device) -> None:
+        """Prepare for `take` under a compiled model, which must not see that anything but numbers in tensors changed.
+
+        The plain numbers in `settings` become tensors. A method with ranks also fills its tensors up with zeros.
+
+        Args:
+            rank: The largest rank to come, if ranks are to change; methods without ranks pass it over.
+            device: The device of the layer.
+
+        Raises:
+            AdapterStateError: The adapter's rank is larger.
+        """
+        del rank
+        for name in self.settings:
+            setattr(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float32, device=device))
+
     def to_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this adapter's tensors in the form in which a checkpoint holds them, by their keys below the layer."""
         return tensors
@@ -94,10 +141,21 @@ class AdditiveAdapter(Adapter):
         msg = f"{type(self).__name__} must define delta(base)."
         raise NotImplementedError(msg)
 
+    def delta_bias(self, base: Site) -> Tensor | None:
+        """Return what is added to the bias, of size out, or None; the layer itself may have no bias.
+
+        Args:
+            base: The bare layer.
+        """
+        del base
+        return None
+
     def merged(self, below: Below) -> tuple[Tensor, Tensor | None]:
-        """Return the weight plus `delta`, and the bias as it is."""
-        weight = below.weight
-        return weight + self.delta(below.base).reshape(weight.shape), below.bias
+        """Return the weight plus `delta`, and the bias plus `delta_bias`."""
+        weight, bias, added = below.weight, below.bias, self.delta_bias(below.base)
+        if added is not None:
+            bias = added if bias is None else bias + added
+        return weight + self.delta(below.base).reshape(weight.shape), bias
 
 
 class Part(nn.Module):
@@ -122,34 +180,36 @@ class Part(nn.Module):
         return call(*args, **kwargs)
 
 
-def linear(weight: Tensor, *, trains: bool = True) -> nn.Linear:
-    """Return an `nn.Linear` without bias that holds a ready-made weight.
+def linear(weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -> nn.Linear:
+    """Return an `nn.Linear` that holds a ready-made weight.
 
     The constructor of `nn.Linear` would first fill a weight of its own at random, which costs five times as much.
 
     Args:
         weight: The weight, out x in.
-        trains: Whether the weight is to be trained.
+        bias: The bias, of size out, or None.
+        trains: Whether they are to be trained.
     """
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=trains)
-    layer._parameters["bias"] = None
+    layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=trains)
     return layer
 
 
-def add_low_rank(y: Tensor, x: Tensor, down: nn.Linear, up: nn.Linear, scaling: float) -> Tensor:
+def add_low_rank(y: Tensor, x: Tensor, down: nn.Module, up: nn.Module, scaling: float | Tensor) -> Tensor:
     """Return `y + scaling * up(down(x))` without building the matrix `up.weight @ down.weight`.
 
-    The small factors are cast to the dtype of what they meet, not the activations to the dtype of the factors.
+    The small factors are cast to the dtype of what they meet, not the activations to the dtype of the factors. Where
+    calling a factor is more than a product with its weight (a convolution, a bias, a hook), it is called.
 
     Args:
         y: The layer's output, ... x out.
         x: The layer's input, ... x in.
         down: The factor with weight rank x in.
         up: The factor with weight out x rank.
-        scaling: The factor before the product.
+        scaling: The factor before the product; a tensor of one number where a compiled model must not depend on it.
     """
     a: Tensor | None = down._parameters.get("weight")
     b: Tensor | None = up._parameters.get("weight")
@@ -160,6 +220,8 @@ def add_low_rank(y: Tensor, x: Tensor, down: nn.Linear, up: nn.Linear, scaling: 
         hidden = hidden.to(y.dtype)
     if b.dtype is not y.dtype:
         b = b.to(y.dtype)
+    if isinstance(scaling, Tensor):
+        hidden, scaling = hidden * scaling.to(hidden.dtype), 1.0
     rows = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b.t(), alpha=scaling)
     return rows.view(y.shape)
 
@@ -169,7 +231,7 @@ def _call(factor: nn.Module, x: Tensor) -> Tensor:
     return factor(x if weight is None or not weight.is_floating_point() else x.to(weight.dtype))  # type: ignore[no-any-return]
 
 
-def _is_plain(layer: nn.Linear, weight: Tensor) -> bool:
+def _is_plain(layer: nn.Module, weight: Tensor) -> bool:
     """Return whether reading the weight is the same as calling the layer: nothing hooked, replaced or off-loaded."""
     return (
         type(layer) is nn.Linear

@@ -78,10 +78,6 @@ class TestTakes:
             assert LinearSite.takes(layer) is None
         assert EmbeddingSite.takes(nn.Embedding(7, 5)) is None
 
-    def test_attention(self):
-        attention = nn.MultiheadAttention(8, 2)
-        assert "MultiheadAttention reads its weight and never calls it" in LinearSite.takes(attention.out_proj)
-
     @pytest.mark.parametrize(("layer", "site"), [(nn.Linear(5, 4), LinearSite), (nn.Embedding(7, 5), EmbeddingSite)])
     def test_integers(self, layer, site):
         layer._parameters["weight"] = nn.Parameter(torch.ones(4, 5, dtype=torch.int8), requires_grad=False)

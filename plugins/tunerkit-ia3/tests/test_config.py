@@ -14,10 +14,11 @@ from tunerkit_ia3.targets import DEFAULT_FEEDFORWARD, DEFAULT_TARGETS
 
 NO_PEFT = "comparing with PEFT needs it: pip install peft"
 
-UNBUILT = {"fan_in_fan_out": True, "modules_to_save": ["head"]}
+UNBUILT = {"fan_in_fan_out": True}
 BUILT = {
     "target_modules": ["q", "up"],
     "exclude_modules": "head.*",
+    "modules_to_save": ["head"],
     "feedforward_modules": ["up"],
     "init_ia3_weights": False,
     "task_type": "SEQ_CLS",

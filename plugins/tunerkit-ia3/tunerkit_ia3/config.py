@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tunerkit.config import PeftConfig, unbuilt
+from tunerkit.config import PeftConfig
 from tunerkit.errors import ConfigError
 from tunerkit.naming import listing
 
@@ -28,8 +28,9 @@ class IA3Config(PeftConfig):
         feedforward_modules: Those of the targeted modules whose input is rescaled rather than the output: names or
             their endings, or a regex. If not given, what the type of a transformers model calls for. If this and
             `target_modules` are lists, each entry must be able to mean a targeted module.
-        fan_in_fan_out: Whether the weights are stored in x out. *(not built)*
-        modules_to_save: Modules to train and save as a whole. *(not built)*
+        fan_in_fan_out: Whether the weights are stored in x out. The layer knows; a value that is wrong for the targeted
+            layers is corrected in the completed config, with a `ConfigWarning`.
+        modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_ia3_weights: Whether the factors start at one, so that training starts from the base model; otherwise they
             are drawn from a normal distribution, for tests.
 
@@ -42,8 +43,8 @@ class IA3Config(PeftConfig):
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     feedforward_modules: list[str] | set[str] | str | None = None
-    fan_in_fan_out: bool = unbuilt(default=False)
-    modules_to_save: list[str] | None = unbuilt(None)
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
 
     _sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "feedforward_modules")

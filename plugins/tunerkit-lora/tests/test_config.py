@@ -19,7 +19,6 @@ NO_PEFT = "comparing with PEFT needs it: pip install peft"
 UNBUILT = {
     "fan_in_fan_out": True,
     "bias": "lora_only",
-    "modules_to_save": ["head"],
     "rank_pattern": {"head": 2},
     "alpha_pattern": {"head": 2.5},
     "megatron_config": {"hidden": 1},
@@ -48,6 +47,7 @@ BUILT = {
     "r": 4,
     "target_modules": ["q", "v"],
     "exclude_modules": "head.*",
+    "modules_to_save": ["head"],
     "lora_alpha": 16,
     "lora_dropout": 0.1,
     "use_rslora": True,
