@@ -78,6 +78,10 @@ class Matcher:
         if found:
             self._count_layer(key)
             return "adapted", self._count(self.entries, found, key)
+        return self._left_out(key)
+
+    def _left_out(self, key: str) -> tuple[Verdict, str]:
+        """Say why the method does not adapt a module."""
         excluded = self.excluded and match_name(self.excluded, key)
         if not excluded and self.choice is None:
             return "not matched", ""

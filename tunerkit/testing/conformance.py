@@ -30,12 +30,12 @@ class MethodConformance(MathsChecks, MergingChecks, LifecycleChecks, FileChecks,
     """Every check that the core relies on, for one method.
 
     An author subclasses it, calls the subclass `Test...`, and defines `config`. Each check is run on every kind of site
-    in `kinds`, on small models of the kit's own (`tunerkit.testing.models.SAMPLES`). To check on another model, override `make_model` and `make_inputs`,
-    and let `config` say what to target in it.
+    in `kinds`, on small models of the kit's own (`tunerkit.testing.models.SAMPLES`). To check on another model,
+    override `make_model` and `make_inputs`, and let `config` say what to target in it.
 
     Attributes:
-        kinds: The kinds of sites to check on, or other names of the kit's models; every model of a kind that the adapter
-            class declares, if this is not set.
+        kinds: The kinds of sites to check on, or other names of the kit's models; every model of a kind that the
+            adapter class declares, if this is not set.
         tolerance: The greatest difference between two outputs that count as equal, in single precision.
         absent: The checks that do not hold for the method, by name, with the reason; the report shows them as skipped.
     """

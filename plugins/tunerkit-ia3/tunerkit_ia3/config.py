@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 class IA3Config(PeftConfig):
     """What an (IA)³ adapter rescales: a layer's outputs, or its inputs where the layer is a feed-forward one.
 
-    All fields of PEFT's class are here, so that its files can be read. Those marked *(not built)* are refused by name
-    away from their default.
+    All fields of PEFT's class are here, so that its files can be read.
 
     Attributes:
         target_modules: The modules to adapt: names or their last parts, a regex that fits the whole name, or
@@ -35,8 +34,7 @@ class IA3Config(PeftConfig):
             are drawn from a normal distribution, for tests.
 
     Raises:
-        ConfigError: A setting has the wrong type, or asks for something that is not built, or a feed-forward module is
-            not among the targeted ones.
+        ConfigError: A setting has the wrong type, or a feed-forward module is not among the targeted ones.
     """
 
     peft_type: str | None = "IA3"
@@ -53,8 +51,7 @@ class IA3Config(PeftConfig):
         """Check every field, and that feed-forward modules can mean targeted ones; see `PeftConfig.check`.
 
         Raises:
-            ConfigError: A setting has the wrong type, or asks for something that is not built, or a feed-forward module
-                is not among the targeted ones.
+            ConfigError: A setting has the wrong type, or a feed-forward module is not among the targeted ones.
         """
         super().check()
         if not (isinstance(self.target_modules, set) and isinstance(self.feedforward_modules, set)):
