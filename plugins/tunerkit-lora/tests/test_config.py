@@ -17,7 +17,6 @@ NO_PEFT = "comparing with PEFT needs it: pip install peft"
 
 # Per field that is not built: a value away from its default.
 UNBUILT = {
-    "bias": "lora_only",
     "megatron_config": {"hidden": 1},
     "megatron_core": "other.core",
     "trainable_token_indices": [0],
@@ -46,6 +45,7 @@ BUILT = {
     "lora_alpha": 16,
     "lora_dropout": 0.1,
     "use_rslora": True,
+    "bias": "lora_only",
     "layers_to_transform": [0, 2],
     "layers_pattern": "layers",
     "init_lora_weights": False,

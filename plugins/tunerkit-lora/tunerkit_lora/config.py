@@ -43,7 +43,8 @@ class LoraConfig(PeftConfig):
         lora_dropout: The probability with which each element of the adapter's input is dropped while training.
         fan_in_fan_out: Whether the weights are stored in x out. The layer knows; a value that is wrong for the targeted
             layers is corrected in the completed config, with a `ConfigWarning`.
-        bias: Which biases of the base are trained too. *(not built)*
+        bias: Which biases of the base model are trained and saved too: `"none"`, `"all"`, or `"lora_only"`, those of
+            the adapted layers. One adapter at a time can do that.
         use_rslora: Whether `scaling` is divided by the root of the rank rather than by the rank.
         modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
@@ -90,7 +91,7 @@ class LoraConfig(PeftConfig):
     lora_alpha: float = 8
     lora_dropout: float = setting(0.0, minimum=0, maximum=1)
     fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "lora_only"] = unbuilt("none")
+    bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | Literal["gaussian"] = True
