@@ -9,7 +9,7 @@ from torch import nn
 
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, AdditiveAdapter, add_low_rank, linear
-from tunerkit.errors import AdapterStateError
+from tunerkit.errors import AdapterStateError, UnknownAdapterError
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.names import PerAdapter
 from tunerkit.route import Owner, routed
@@ -265,6 +265,32 @@ class TestPrecision:
         assert seen == [torch.float32] * hooked
 
 
+class TestWhatIsAdded:
+    def test_in_the_shape_of_the_weight(self):
+        layer = layer_on(nn.Linear(5, 4), low=LowRank)
+        low = layer.adapters["low"]
+        assert torch.equal(layer.get_delta_weight("low"), low.delta(layer.bare_site))
+        assert layer.get_delta_weight("low").requires_grad
+
+    def test_in_the_dtype_of_the_adapter(self):
+        layer = layer_on(nn.Linear(5, 4).bfloat16(), low=LowRank)
+        layer.adapters["low"].float()
+        assert layer.get_delta_weight("low").dtype is torch.float32
+
+    def test_of_what_is_not_there_or_adds_nothing(self):
+        layer = layer_on(nn.Linear(5, 4), low=LowRank, times=Times)
+        with pytest.raises(KeyError) as error:
+            layer.get_delta_weight("lo")
+        assert type(error.value) is UnknownAdapterError
+        assert str(error.value) == "The layer 'fc' has no adapter 'lo'; it has 'low', 'times'."
+        with pytest.raises(AdapterStateError) as error:
+            layer.get_delta_weight("times")
+        assert str(error.value) == (
+            "The adapter 'times' on 'fc' (Times) does not add anything to the weight, so there is no such thing to "
+            "return."
+        )
+
+
 class TestForwarding:
     def test_the_base_layer(self):
         layer = layer_on(nn.Linear(5, 4), low=LowRank)
@@ -296,6 +322,24 @@ class TestForwarding:
         assert outer.in_features == 5
         assert outer.parameter_name == "bias"
         assert inner.parameter_name is None
+
+    def test_what_is_merged_is_not_changed(self):
+        layer = layer_on(nn.Linear(5, 4), low=LowRank, other=LowRank)
+        held = layer.scaling
+        held["low"] = 2.0
+        layer.merge(adapter_names=["low"])
+        for change in (lambda: held.update(low=3.0), lambda: layer.scaling.pop("low")):
+            with pytest.raises(AdapterStateError) as error:
+                change()
+            assert str(error.value) == (
+                "The adapter 'low' is merged into 'fc', so changing it would have no effect there. Call "
+                "unmerge_adapter() first."
+            )
+        held["other"] = 3.0
+        assert dict(layer.scaling) == {"low": 2.0, "other": 3.0}
+        layer.unmerge()
+        held["low"] = 4.0
+        assert layer.adapters["low"].scaling == 4.0
 
     def test_adapters_are_a_copy(self):
         layer = layer_on(nn.Linear(5, 4), low=LowRank)

@@ -13,6 +13,7 @@ from tunerkit import Method, get_peft_model, hookimpl, inject_adapter_in_model, 
 from tunerkit.adapter import Adapter
 from tunerkit.errors import (
     ConfigError,
+    ConfigWarning,
     NoMatchingPeftModuleError,
     PluginError,
     TargetError,
@@ -244,6 +245,111 @@ class TestNothingMatched:
         )
         assert "missing ), unterminated subpattern" in message
         assert message.endswith("for the name of a module pass a list, ['q_(proj'].")
+
+
+class TestPatterns:
+    def test_counts_the_adapted_modules_that_each_fits(self, model):
+        patterns = {"q_proj": 4, r"^layers\.0": 2, "layers.0.v_proj": 3, "head": 5}
+        found = tunerkit.plan(model, lora("q_proj", "v_proj", rank_pattern=patterns, alpha_pattern={".*0.*": 1}))
+        assert found.patterns == {
+            "rank_pattern": {"q_proj": 2, r"^layers\.0": 0, "layers.0.v_proj": 1, "head": 0},
+            "alpha_pattern": {".*0.*": 2},
+        }
+        assert found.unmatched() == [
+            (
+                r"'^layers\\.0' in rank_pattern fits no adapted module; closest: 'layers.0.v_proj', 'layers.0.q_proj', "
+                "'layers.1.v_proj'"
+            ),
+            "'head' in rank_pattern fits no adapted module",
+        ]
+        assert str(found).endswith("'head' in rank_pattern fits no adapted module")
+
+    def test_one_that_fits_nothing_is_warned_about(self, model):
+        with pytest.warns(TargetWarning) as caught:
+            get_peft_model(model, lora("q_proj", "v_proj", rank_pattern={"q_prj": 4, "v_proj": 2}))
+        assert [str(item.message) for item in caught] == [
+            (
+                "'q_prj' in rank_pattern fits no adapted module; closest: 'q_proj', 'v_proj', 'layers.1.q_proj'. The "
+                "other entries were matched."
+            )
+        ]
+        ranks = {name: layer.r["default"] for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
+        assert set(ranks.values()) == {8, 2}
+
+    def test_a_method_without_such_settings(self, model):
+        assert tunerkit.plan(model, IA3Config(target_modules=["q_proj"])).patterns == {}
+
+    @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+    @pytest.mark.parametrize(
+        ("entry", "reason"),
+        [
+            ("v_(", "missing ), unterminated subpattern at position 2"),
+            ("(?i)v", "global flags not at the start of the expression at position 8"),
+        ],
+    )
+    def test_a_broken_one_is_refused(self, model, setting, entry, reason):
+        error = refusal(model, lora("q_proj", **{setting: {"q_proj": 4, entry: 2}}))
+        assert type(error) is TargetError
+        assert str(error) == (
+            f"{setting} holds {entry!r}, which must be a regular expression for a module's path or the end of it, and "
+            f"is a broken one: {reason}. Mend it; for text that is meant as it is use re.escape."
+        )
+
+
+class Stored(nn.Module):
+    """As transformers calls the layer that stores its weight in x out."""
+
+    __module__ = "transformers.pytorch_utils"
+    __qualname__ = "Conv1D"
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.zeros(2))
+
+
+class TestOrientation:
+    @pytest.mark.parametrize("config", [lora, lambda *targets, **others: IA3Config(target_modules=targets, **others)])
+    @pytest.mark.parametrize(
+        ("says", "targets", "corrected"),
+        [
+            (
+                False,
+                ["stored"],
+                "fan_in_fan_out=False does not hold for the targeted Stored, which stores its weight in x out",
+            ),
+            (
+                True,
+                ["plain"],
+                "fan_in_fan_out=True does not hold for the targeted Linear, which stores its weight out x in",
+            ),
+            (True, ["stored"], None),
+            (False, ["plain"], None),
+            (True, ["plain", "stored"], None),
+            (True, ["table"], None),
+        ],
+    )
+    def test_is_corrected_in_the_completed_config(self, config, says, targets, corrected):
+        model = nn.ModuleDict({"plain": nn.Linear(4, 2), "stored": Stored(), "table": nn.Embedding(4, 2)})
+        given = config(*targets, fan_in_fan_out=says)
+        found = tunerkit.plan(model, given)
+        assert given.fan_in_fan_out is says
+        assert found.config.fan_in_fan_out is (says if corrected is None else not says)
+        assert found.corrections == (() if corrected is None else (corrected,))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = get_peft_model(model, given)
+        assert adapted.peft_config["default"].fan_in_fan_out is found.config.fan_in_fan_out
+        expected = (
+            [] if corrected is None else [(ConfigWarning, f"{corrected}; it was corrected in the completed config.")]
+        )
+        assert [(item.category, str(item.message)) for item in caught] == expected
+
+    def test_the_correction_may_be_an_error_and_then_nothing_is_changed(self):
+        model = nn.Sequential(nn.Linear(4, 2))
+        before = Snapshot.of(model)
+        with pytest.raises(ConfigWarning):
+            get_peft_model(model, lora("0", fan_in_fan_out=True))
+        assert before.differences(model) == []
 
 
 class TestUnsupported:

@@ -170,8 +170,8 @@ class Biases:
         asked = listing(names) if names else "the base model"
         msg = (
             f"Calls cannot be routed to {asked}: {self.name!r} trains the base model's own biases "
-            f"(bias={self.which!r}), which all calls share, and {where}. Call set_adapter(), or use disable_adapter() for "
-            "the base model."
+            f"(bias={self.which!r}), which all calls share, and {where}. Call set_adapter(), or use disable_adapter() "
+            "for the base model."
         )
         raise RouteError(msg)
 

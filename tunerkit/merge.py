@@ -147,10 +147,10 @@ def _check(model: nn.Module, layers: Sequence[BaseTunerLayer], names: Sequence[s
         warnings.warn(MergeWarning(f"{listing(again)} is merged already and is not merged again."), stacklevel=4)
     for layer in layers:
         layer.check_merge(names)
-    _check_not_shared(model, names)
+    check_not_shared(model, names)
 
 
-def _check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
+def check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
     """Refuse to merge into a module that also stands where the adapters do not apply, or where others do."""
     holders: dict[int, dict[int, str]] = {}
     targets: list[tuple[int, int]] = []

@@ -20,10 +20,9 @@ from tunerkit.targeting import (
     ALL_LINEAR,
     all_linear,
     bare,
-    is_linear,
-    is_transposed,
+    correct_orientation,
+    count_patterns,
     keys_in_state,
-    match_pattern,
     parameter_places,
     place_of_parameter,
     places,
@@ -196,8 +195,8 @@ def make_plan(
         dict(matcher.entries),
         dict(matcher.exclusions),
         dict(matcher.layers),
-        _count_patterns(config, [_settings_name(target) for target in targets.values()]),
-        _correct_orientation(config, list(targets.values())),
+        count_patterns(config, [_settings_name(target) for target in targets.values()]),
+        correct_orientation(config, [target.module for target in targets.values() if target.parameter_name is None]),
         tuple(targets.values()),
         whole.modules,
         tuple(whole.unmatched()),
@@ -266,37 +265,6 @@ def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
         )
         raise NoMatchingPeftModuleError(msg)
     return found
-
-
-def _count_patterns(config: PeftConfig, paths: list[str]) -> dict[str, dict[str, int]]:
-    """Return for each setting by patterns how many paths each of its entries fits."""
-    return {
-        setting: {entry: _count_fits(setting, entry, paths) for entry in getattr(config, setting) or ()}
-        for setting in config._patterns
-    }
-
-
-def _count_fits(setting: str, entry: str, paths: list[str]) -> int:
-    try:
-        return sum(match_pattern(entry, path) for path in paths)
-    except re.error as error:
-        msg = (
-            f"{setting} holds {entry!r}, which must be a regular expression for a module's path or the end of it, and "
-            f"is a broken one: {error}. Mend it; for text that is meant as it is use re.escape."
-        )
-        raise TargetError(msg) from error
-
-
-def _correct_orientation(config: PeftConfig, targets: list[Target]) -> tuple[str, ...]:
-    """Let a config that says how linear layers store their weights say it right; of a mixture the last one counts."""
-    says = getattr(config, "fan_in_fan_out", None)
-    linear = [] if says is None else [target for target in targets if is_linear(target.module)]
-    if not linear or (is_so := is_transposed(linear[-1].module)) == says:
-        return ()
-    config.fan_in_fan_out = is_so  # type: ignore[attr-defined]
-    kind = type(bare(linear[-1].module)).__name__
-    stored = "in x out" if is_so else "out x in"
-    return (f"fan_in_fan_out={says} does not hold for the targeted {kind}, which stores its weight {stored}",)
 
 
 def _refuse_target_parameters(config: PeftConfig) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tunerkit.config import TaskType
+from tunerkit.errors import TargetError
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.sites import site_class
 
@@ -73,6 +74,30 @@ def paths_above(path: str) -> Iterator[str]:
     """Go through the paths of the modules in which a module stands, from the outermost to its own."""
     parts = path.split(".")
     return (".".join(parts[: index + 1]) for index in range(len(parts)))
+
+
+def count_patterns(config: PeftConfig, paths: list[str]) -> dict[str, dict[str, int]]:
+    """Return, for each setting of a config by patterns, how many paths each of its entries fits.
+
+    Raises:
+        TargetError: An entry is no regular expression.
+    """
+    return {
+        setting: {entry: _count_fits(setting, entry, paths) for entry in getattr(config, setting) or ()}
+        for setting in config._patterns
+    }
+
+
+def _count_fits(setting: str, entry: str, paths: list[str]) -> int:
+    try:
+        re.compile(entry)  # by itself, so that the message says the right position
+        return sum(match_pattern(entry, path) for path in paths)
+    except re.error as error:
+        msg = (
+            f"{setting} holds {entry!r}, which must be a regular expression for a module's path or the end of it, and "
+            f"is a broken one: {error}. Mend it; for text that is meant as it is use re.escape."
+        )
+        raise TargetError(msg) from error
 
 
 def match_target(config: PeftConfig, key: str) -> str | re.Match[str] | None:
@@ -156,10 +181,26 @@ def is_linear(module: nn.Module) -> bool:
     return kind is not None and kind.kind == "linear" and kind.takes(base) is None and kind.alone(base) is None
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Return whether a layer, below adapters or not, stores its weight in x out."""
-    kind = site_class(type(bare(module)))
-    return kind is not None and kind.transposed
+def correct_orientation(config: PeftConfig, modules: list[nn.Module]) -> tuple[str, ...]:
+    """Let a config that says how linear layers store their weights say it right for modules that are to be adapted.
+
+    Of a mixture the last one counts, as in PEFT.
+
+    Returns:
+        What was corrected, in words.
+    """
+    says = getattr(config, "fan_in_fan_out", None)
+    layers = [] if says is None else [bare(module) for module in modules if is_linear(module)]
+    if not layers:
+        return ()
+    kind = type(layers[-1])
+    site = site_class(kind)
+    transposed = site is not None and site.transposed
+    if transposed == says:
+        return ()
+    config.fan_in_fan_out = transposed  # type: ignore[attr-defined]
+    stored = "in x out" if transposed else "out x in"
+    return (f"fan_in_fan_out={says} does not hold for the targeted {kind.__name__}, which stores its weight {stored}",)
 
 
 def _output_layers(model: nn.Module, config: PeftConfig) -> list[Any]:

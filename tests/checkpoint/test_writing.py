@@ -591,7 +591,7 @@ def test_windows_syncs_no_folder(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(os, "open", opened.append)
     monkeypatch.setattr(writing.os, "name", "nt")
-    writing._sync_folders([tmp_path])
+    writing.sync_folders([tmp_path])
     assert opened == []
 
 

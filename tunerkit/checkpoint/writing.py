@@ -73,13 +73,13 @@ def write_checkpoint(
         _write(new_weights, data)
         # After the tensors, so that the config is always the younger: see `_remove_stale`.
         _write(new_config, text.encode())
-        _sync_folders([path, *(parent.parent for parent in made)])
+        sync_folders([path, *(parent.parent for parent in made)])
         # Another save may have been cut just before its second rename: once its tensors are gone, nobody would know.
         finish_save(path)
         new_weights.replace(path / WEIGHTS_NAME)
-        _sync_folders([path])
+        sync_folders([path])
         finish_save(path)
-        _sync_folders([path])
+        sync_folders([path])
         _remove_stale(path)
     except BaseException as error:
         stands = _settle(path, save_id, made)
@@ -112,7 +112,7 @@ def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> N
         # A config that a cut save still has to put in place must not come over this one later.
         finish_save(path)
         new_config.replace(path / CONFIG_NAME)
-        _sync_folders([path, *(parent.parent for parent in made)])
+        sync_folders([path, *(parent.parent for parent in made)])
     except BaseException as error:
         _settle(path, save_id, made)
         if isinstance(error, OSError):
@@ -137,7 +137,7 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folders(folders: Iterable[Path]) -> None:
+def sync_folders(folders: Iterable[Path]) -> None:
     """Make the names in the folders last through a power cut."""
     if os.name == "nt":  # Windows cannot open a folder, and its file system keeps the order of renames itself.
         return

@@ -75,6 +75,11 @@ class LazyGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"]},
     lazy={
         "demo": ("tunerkit.cli.demo:demo", "Train, save, load and merge an adapter on a real model."),
+        "inspect": (
+            "tunerkit.cli.inspect:inspect",
+            "Say what an adapter's checkpoint holds, and whether it fits a model.",
+        ),
+        "merge": ("tunerkit.cli.merge:merge", "Fold an adapter into a model's folder, tensor by tensor."),
         "plugins": ("tunerkit.cli.plugins:plugins", "List the installed methods and how they stand."),
     },
 )

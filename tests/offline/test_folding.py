@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from toys import registered, rotation
+
+from tunerkit import get_peft_model
+from tunerkit.errors import MergeError
+from tunerkit.folding import fold
+from tunerkit.offline.folding import fold_layer
+from tunerkit_lora import LoraConfig
+
+
+def layer_of(config, *, bias=True):
+    """A layer with a moved adapter, and its base layer's parameters."""
+    torch.manual_seed(0)
+    peft = get_peft_model(nn.Sequential(nn.Linear(6, 5, bias=bias)), config)
+    for parameter in peft.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    layer = peft.base_model.model[0]
+    return layer, {name: tensor.detach().clone() for name, tensor in layer.base_layer.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_in_place_and_block_by_block_it_is_what_the_core_folds(monkeypatch, dtype, block):
+    monkeypatch.setattr("tunerkit.offline.folding._BLOCK", block)
+    layer, tensors = layer_of(LoraConfig(target_modules=["0"]))
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    site = layer.site.with_parameters({name: tensor.clone() for name, tensor in tensors.items()})
+    wanted = fold(site, site, [layer.adapters["default"]], safe=False)
+    assert not torch.equal(wanted["weight"], tensors["weight"])
+    folded = fold_layer(layer, tensors)
+    assert folded.keys() == wanted.keys() == {"weight"}
+    assert folded["weight"].dtype is dtype
+    assert torch.equal(folded["weight"], wanted["weight"])
+    assert folded["weight"] is tensors["weight"]
+
+
+def test_another_method(monkeypatch):
+    with registered(rotation):
+        layer, tensors = layer_of(rotation.Config(target_modules=["0"]))
+    before = tensors["weight"].clone()
+    folded = fold_layer(layer, tensors)
+    assert torch.equal(tensors["weight"], before)
+    assert not torch.equal(folded["weight"], before)
+
+
+def test_what_is_not_there(monkeypatch):
+    with registered(rotation):
+        layer, tensors = layer_of(rotation.Config(target_modules=["0"]))
+    monkeypatch.setattr(rotation.RotationAdapter, "merged", lambda self, below: (below.weight.to("meta"), below.bias))
+    with pytest.raises(MergeError, match=r"Folding into '0.weight' needs more of the base model than this layer"):
+        fold_layer(layer, tensors)

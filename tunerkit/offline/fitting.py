@@ -1,0 +1,146 @@
+"""Whether an adapter fits a base model: put onto the model's skeleton, target by target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from tunerkit.checkpoint.state import PREFIX
+from tunerkit.errors import CheckpointError, NoMatchingPeftModuleError, TunerkitError
+from tunerkit.functional import cast_adapter_dtype, loading_for
+from tunerkit.naming import closest, listing
+from tunerkit.offline.keys import by_number
+from tunerkit.plugins import get_method
+from tunerkit.tuner import BaseTuner
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from tunerkit.checkpoint.report import LoadReport
+    from tunerkit.config import PeftConfig
+    from tunerkit.offline.keys import Owner
+
+NAME = "default"
+"""The name of the adapter on the skeleton."""
+
+Status = Literal["found", "missing", "shape mismatch", "incomplete", "no place"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that a checkpoint's keys name, and how it stands in the base model."""
+
+    path: str
+    status: Status
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an adapter fits a base model.
+
+    Attributes:
+        targets: What the keys name, in the checkpoint's order.
+        tuner: The model with the adapter, if it could be put onto it.
+        problem: Why it could not, or empty.
+    """
+
+    targets: tuple[Target, ...]
+    tuner: BaseTuner | None = None
+    problem: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the adapter fits."""
+        return not self.problem and all(target.status == "found" for target in self.targets)
+
+    def fitting_tuner(self, adapter: object, base: object) -> BaseTuner:
+        """Return the model with the adapter.
+
+        Args:
+            adapter: Where the adapter comes from, for the message.
+            base: Where the model comes from, likewise.
+
+        Raises:
+            CheckpointError: The adapter does not fit.
+        """
+        if self.fits and self.tuner is not None:
+            return self.tuner
+        bad = [target for target in self.targets if target.status != "found"]
+        shown = "".join(f"\n  {target.path}: {target.status}. {target.note}" for target in bad[:4])
+        more = f"\n  and {len(bad) - 4} more" if len(bad) > 4 else ""  # noqa: PLR2004 - as many as are shown
+        counted = f" {len(bad)} of its {len(self.targets)} targets do not:{shown}{more}" if bad else f" {self.problem}"
+        msg = (
+            f"The adapter in '{adapter}' does not fit the model in '{base}'.{counted}\nPass the base model that it was "
+            "made for; `tunerkit inspect` with --base shows every target."
+        )
+        raise CheckpointError(msg)
+
+
+def attach(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor]) -> BaseTuner:
+    """Put an adapter onto a skeleton; its tensors are on the meta device too.
+
+    It goes where the checkpoint's tensors say, if they can: the model that it was trained on may have been without some
+    of the modules that the config means, such as a pooler.
+
+    Raises:
+        TunerkitError: It cannot be put there.
+    """
+    method = get_method(str(config.peft_type)).method
+    kind = method.tuner or BaseTuner
+    # Keys say neither which parameter of a module is meant nor, without the names of a method's entries, which module.
+    by_config = getattr(config, "target_parameters", None) or (method.adapter is None and not kind.prefix)
+    tuner = kind(model, config, NAME, low_cpu_mem_usage=True, state_dict=None if by_config else dict(tensors))
+    cast_adapter_dtype(tuner, NAME)
+    return tuner
+
+
+def match(
+    model: nn.Module, config: PeftConfig | None, tensors: Mapping[str, Tensor], owners: Mapping[str, Owner]
+) -> Fit:
+    """Match a checkpoint with a skeleton, onto which the adapter is put.
+
+    Args:
+        model: The skeleton.
+        config: The adapter's config; None if its method is not known, and then only the modules are looked for.
+        tensors: The checkpoint's tensors; on the meta device their shapes do.
+        owners: The module that each tensor belongs to, by key.
+    """
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    paths: dict[str, list[str]] = {}
+    for key, owner in owners.items():
+        paths.setdefault(owner.path, []).append(key)
+    tuner, report, problem = None, None, ""
+    if config is not None:
+        try:
+            tuner = attach(model, config, tensors)
+            report = loading_for(tuner, NAME, tensors).report
+        except TunerkitError as error:
+            # If no module is there, the targets say so better.
+            problem = "" if isinstance(error, NoMatchingPeftModuleError) and not modules & set(paths) else str(error)
+    return Fit(tuple(_target(path, keys, modules, report) for path, keys in paths.items()), tuner, problem)
+
+
+def _target(path: str, keys: list[str], modules: set[str], report: LoadReport | None) -> Target:
+    if path not in modules:
+        near = closest(by_number(path), map(by_number, modules))
+        return Target(path, "missing", f"Closest: {listing(near)}." if near else "The model has nothing like it.")
+    if report is None:
+        return Target(path, "found")
+    names = {_below(key) for key in keys}
+    for note in report.mismatched_keys:
+        if _below(note).partition(" is ")[0] in names:
+            return Target(path, "shape mismatch", f"{_below(note)}.")
+    lacking = [_below(key) for key in report.missing_keys if _below(key).startswith(f"{path}.")]
+    if lacking:
+        return Target(path, "incomplete", f"The checkpoint lacks {listing(lacking)}.")
+    left = [_below(key) for key in report.unexpected_keys if _below(key) in names]
+    if left:
+        return Target(path, "no place", f"The adapter has no place for {listing(left)}.")
+    return Target(path, "found")
+
+
+def _below(key: str) -> str:
+    return key.replace("_orig_mod.", "").removeprefix(PREFIX)

@@ -1,0 +1,138 @@
+"""Reading a safetensors file piece by piece: its header, one tensor, or a tensor's bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tunerkit.checkpoint.folder import unreadable
+from tunerkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+HEADER_SIZE = 8
+"""The bytes before the header, which hold its length, little-endian."""
+
+METADATA = "__metadata__"
+CHUNK = 4 << 20
+"""How many bytes are copied at once."""
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What can be folded into. Tensors of other dtypes are copied as bytes, so nothing needs to know them."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a header says of a tensor.
+
+    Attributes:
+        dtype: The dtype as safetensors spells it.
+        shape: The shape.
+        start: Where its bytes begin in the file.
+        size: How many bytes it has.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file of which only the header has been read.
+
+    Attributes:
+        path: Where it is.
+        entries: Its tensors by key, in the order of their bytes.
+        metadata: The text that stands beside them.
+    """
+
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def open(cls, path: Path) -> TensorFile:
+        """Read the header of a file.
+
+        Raises:
+            CheckpointError: The file cannot be read, is cut short, or is no safetensors file.
+        """
+        try:
+            with safe_open(path, framework="pt"):  # checks the header against the file's size
+                pass
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(HEADER_SIZE), "little")
+                header = json.loads(file.read(length))
+        except OSError as error:
+            raise CheckpointError(unreadable(path, error)) from error
+        except SafetensorError as error:
+            raise CheckpointError(_broken(path, error)) from error
+        metadata = header.pop(METADATA, None) or {}
+        entries = {
+            key: Entry(
+                dtype=item["dtype"],
+                shape=tuple(item["shape"]),
+                start=HEADER_SIZE + length + item["data_offsets"][0],
+                size=item["data_offsets"][1] - item["data_offsets"][0],
+            )
+            for key, item in header.items()
+        }
+        return cls(path, dict(sorted(entries.items(), key=lambda item: item[1].start)), metadata)
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return one tensor. It lies in the mapped file, privately: only what is touched takes memory.
+
+        The mapping lasts as long as the tensor, so dropping the tensor gives the memory back.
+
+        Raises:
+            CheckpointError: The file cannot be read any more.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(key)
+        except OSError as error:
+            raise CheckpointError(unreadable(self.path, error)) from error
+        except SafetensorError as error:
+            raise CheckpointError(_broken(self.path, error)) from error
+        return tensor
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """Go through the bytes of a tensor.
+
+        Raises:
+            CheckpointError: The file cannot be read any more.
+        """
+        entry = self.entries[key]
+        left = entry.size
+        try:
+            with self.path.open("rb") as file:
+                file.seek(entry.start)
+                while left:
+                    chunk = file.read(min(left, CHUNK))
+                    if not chunk:
+                        raise CheckpointError(_broken(self.path, "it became shorter while it was read"))
+                    left -= len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise CheckpointError(unreadable(self.path, error)) from error
+
+
+def _broken(path: Path, reason: object) -> str:
+    return (
+        f"'{path}' ({path.stat().st_size} bytes) is not a whole safetensors file ({reason}). Most likely a download or "
+        "a copy was cut short, or the file is a pointer of Git LFS: fetch it again."
+    )

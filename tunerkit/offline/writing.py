@@ -1,0 +1,149 @@
+"""Writing safetensors files piece by piece, into a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tunerkit.checkpoint.writing import sync_folders
+from tunerkit.errors import CheckpointError
+from tunerkit.offline.tensor_file import HEADER_SIZE, METADATA, Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+_ALIGNMENT = 8
+"""Readers that map the file want its tensors to begin at a multiple of this."""
+
+
+class TensorWriter:
+    """A safetensors file whose tensors are written one at a time, in any order.
+
+    Its header is written first, because what will stand where is known beforehand.
+
+    Args:
+        path: Where; not there yet.
+        entries: What will be written, by key: dtype, shape and size of each; where they begin is decided here.
+        metadata: The text beside them.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+        offset = 0
+        for key, entry in entries.items():
+            header[key] = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [offset, offset + entry.size],
+            }
+            offset += entry.size
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        start = HEADER_SIZE + len(text)
+        self.starts = {key: start + header[key]["data_offsets"][0] for key in entries}
+        self.size = start + offset
+        with path.open("xb") as file:
+            file.write(len(text).to_bytes(HEADER_SIZE, "little") + text)
+            file.truncate(self.size)
+
+    def write(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write the bytes of one tensor."""
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(self.starts[key])
+            for chunk in chunks:
+                view = memoryview(chunk)
+                while view:
+                    view = view[file.write(view) :]
+
+    def finish(self) -> None:
+        """See to it that all that was written is on the disk."""
+        with self.path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor without copying them, if it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file and see to it that it is on the disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Raise `CheckpointError` if a folder cannot be written at a path."""
+    if out.exists() and not out.is_dir():
+        msg = f"'{out}' is a file, and a model is a folder: choose another path with --out."
+        raise CheckpointError(msg)
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        msg = (
+            f"'{out}' is there and not empty. Choose another path with --out, or pass --overwrite to replace the whole "
+            "folder once the new one is complete."
+        )
+        raise CheckpointError(msg)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Within the block a folder is filled that then takes the place of `out`; if anything goes wrong, it is removed.
+
+    It stands beside `out` meanwhile, because only within one file system is a rename one step.
+
+    Raises:
+        CheckpointError: The disk refuses; what was at `out` is unchanged.
+    """
+    out = out.absolute()
+    made = [parent for parent in out.parents if not parent.exists()]
+    work = out.parent / f"{out.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
+        yield work
+        sync_folders([*_folders(work), *(parent.parent for parent in made)])
+        _put_in_place(work, out)
+    except BaseException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            where = f", at '{error.filename}'" if error.filename else ""
+            msg = (
+                f"The model could not be written to '{out}' ({error.strerror or error}{where}). What was there before "
+                "is unchanged: free some space, get access, or choose another folder."
+            )
+            raise CheckpointError(msg) from error
+        raise
+
+
+def _folders(work: Path) -> list[Path]:
+    return [work, *(path for path in work.rglob("*") if path.is_dir())]
+
+
+def _put_in_place(work: Path, out: Path) -> None:
+    old = out.with_name(f"{work.name}.old")
+    replaced = out.exists()
+    if replaced:
+        out.replace(old)
+    try:
+        work.replace(out)
+    except BaseException:
+        if replaced:
+            old.replace(out)
+        raise
+    sync_folders([out.parent])
+    if replaced:
+        shutil.rmtree(old, ignore_errors=True)
