@@ -244,6 +244,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     # Merging
 
     @property
+    def originals(self) -> dict[str, nn.Parameter | None]:
+        """The base layer's own parameters in whose place there are merged ones, by name."""
+        return {} if self._merged is None else dict(self._merged.originals)
+
+    @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
         """The names of the adapters that are merged, in order."""
         return [] if self._merged is None else list(self._merged.names)

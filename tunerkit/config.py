@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import enum
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from tunerkit._typecheck import describe, fits
 from tunerkit.errors import ConfigError, TunerkitError
 from tunerkit.keywords import HUB_KEYWORDS
 from tunerkit.naming import closest, listing, method_id, peft_type_name
+from tunerkit.peft_types import PeftType, TaskType
 from tunerkit.settings import default_of, is_empty, is_unbuilt, rule_of, setting, unbuilt
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
 
     from typing_extensions import Self
 
@@ -41,60 +40,6 @@ PEFT_FORMAT_VERSION = "0.21.2"
 """The version of PEFT whose checkpoint format is written."""
 
 Config = TypeVar("Config", bound="PeftConfig")
-
-
-class TaskType(str, enum.Enum):
-    """What a model is used for, with PEFT's names."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"  # noqa: S105 - a task, no password
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class _InstalledTypes(type):
-    """Finds `PeftType.X` among the methods that are installed, because there is no closed list of them."""
-
-    def __getattr__(cls, name: str) -> PeftType:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        known = {kind.value: kind for kind in cls}
-        if name not in known:
-            msg = f"No installed package offers a method of the type {name!r}; installed are {listing(known)}."
-            raise AttributeError(msg)
-        return known[name]
-
-    def __iter__(cls) -> Iterator[PeftType]:
-        from tunerkit.plugins import method_ids  # noqa: PLC0415 - the plugins' room is above this one
-
-        return iter([PeftType(peft_type_name(method)) for method in method_ids()])
-
-    def __dir__(cls) -> list[str]:
-        return [*super().__dir__(), *(kind.value for kind in cls)]
-
-
-class PeftType(str, metaclass=_InstalledTypes):
-    """The type of a method as it stands in a checkpoint, such as `PeftType.LORA`; equal to its text."""
-
-    __slots__ = ()
-
-    @property
-    def value(self) -> str:
-        """The type as text."""
-        return str(self)
-
-    @property
-    def name(self) -> str:
-        """The type as text, as an enum's member has it."""
-        return str(self)
-
-    def __repr__(self) -> str:
-        return f"<PeftType.{self}>"
 
 
 @dataclass
@@ -160,6 +105,25 @@ class PeftConfig:
         for name in self._sets:
             if isinstance(getattr(self, name, None), (list, tuple, frozenset)):
                 setattr(self, name, set(getattr(self, name)))
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Check the choice of layers of the methods that have one: it narrows a list of targets."""
+        numbers, patterns = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
+        targets = getattr(self, "target_modules", None)
+        for name, value in (("layers_to_transform", numbers), ("layers_pattern", patterns)):
+            if isinstance(targets, str) and value is not None:
+                msg = (
+                    f"{type(self).__name__}.{name}={value!r} narrows a list of names in target_modules, which is the "
+                    f"text {targets!r}. Pass a list, or say in the pattern which layers are meant."
+                )
+                raise ConfigError(msg)
+        if patterns and numbers is None:
+            msg = (
+                f"{type(self).__name__}.layers_pattern={patterns!r} is the name before a layer's number and does "
+                "nothing without layers_to_transform. Set that too, or leave both out."
+            )
+            raise ConfigError(msg)
 
     def _settle_types(self) -> None:
         own = next((item.default for item in dataclasses.fields(self) if item.name == "peft_type"), None)

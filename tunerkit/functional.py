@@ -6,6 +6,7 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
+from tunerkit.biases import trained_biases
 from tunerkit.checkpoint.files import read_tensors
 from tunerkit.checkpoint.state import PREFIX, Loading, Piece, collect, pieces
 from tunerkit.config import check_config
@@ -56,6 +57,12 @@ def inject_adapter_in_model(
             f"add_adapter({adapter_name!r}, config) on it."
         )
         raise AdapterStateError(msg)
+    if trained_biases(peft_config) is not None:
+        msg = (
+            f"bias={peft_config.bias!r} trains the model's own biases, whose original values need a home "  # type: ignore[attr-defined]
+            "beside the model. Use get_peft_model(model, config), or leave bias at 'none'."
+        )
+        raise TargetError(msg)
     if method.method.part is not None:
         msg = (
             f"{method.id!r} shares tensors between all its layers, which need a home beside the model. "
@@ -267,6 +274,8 @@ def pieces_of(model: nn.Module, name: str) -> list[Piece]:
     found = (
         pieces(model, name, "", {}, None) if tuner is None else pieces(tuner.model, name, PREFIX, tuner.parts, tuner)
     )
+    if tuner is not None and tuner.biases.name == name:
+        found += tuner.biases.pieces()
     if not found:
         names = {known for _, layer in tuner_layers(model) for known in layer.available_adapters}
         msg = f"The model has no adapter {name!r}; it has {listing(sorted(names))}."
@@ -284,4 +293,8 @@ def loading_for(model: nn.Module, name: str, tensors: Mapping[str, Any]) -> Load
     if any(name in layer.merged_adapters for _, layer in tuner_layers(model)):
         msg = f"The adapter {name!r} is merged, so new tensors would have no effect. Call unmerge_adapter() first."
         raise AdapterStateError(msg)
+    tuner = find_tuner(model)
+    if tuner is not None and tuner.biases.name == name:
+        repeated = tuner.biases.repeated()
+        tensors = {key: value for key, value in tensors.items() if key not in repeated}
     return Loading(pieces_of(model, name), tensors)

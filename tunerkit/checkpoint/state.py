@@ -36,6 +36,7 @@ class Piece:
         name: The adapter's name.
         tensors: Its tensors by their key below `path`.
         adapter: The adapter, if a checkpoint holds its tensors in another form than it does.
+        in_model: Whether the tensors are in the model's state now, rather than kept for another time.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Piece:
     name: str
     tensors: dict[str, Tensor]
     adapter: Adapter | None = None
+    in_model: bool = True
 
     def key(self, local: str) -> str:
         """Return a tensor's key in a checkpoint."""
@@ -136,7 +138,7 @@ def collect(
     tensors: dict[str, Tensor] = {}
     for piece in found:
         own = {key: tensor.detach() for key, tensor in piece.tensors.items()}
-        if state_dict is not None and path_of is not None:
+        if state_dict is not None and path_of is not None and piece.in_model:
             where = {key: f"{path_of(piece)}{piece.named(key)}" for key in own}
             lost = [name for name in where.values() if name not in state_dict]
             if lost:

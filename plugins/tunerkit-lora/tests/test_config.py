@@ -17,9 +17,6 @@ NO_PEFT = "comparing with PEFT needs it: pip install peft"
 
 # Per field that is not built: a value away from its default.
 UNBUILT = {
-    "bias": "lora_only",
-    "layers_to_transform": 0,
-    "layers_pattern": "layers",
     "megatron_config": {"hidden": 1},
     "megatron_core": "other.core",
     "trainable_token_indices": [0],
@@ -43,12 +40,14 @@ BUILT = {
     "lora_alpha": 16,
     "lora_dropout": 0.1,
     "use_rslora": True,
+    "bias": "lora_only",
+    "layers_to_transform": [0, 2],
+    "layers_pattern": "layers",
     "init_lora_weights": False,
     "fan_in_fan_out": True,
     "rank_pattern": {"head": 2},
     "alpha_pattern": {"head": 2.5},
     "lora_bias": True,
-    "target_parameters": ["experts.up"],
     "task_type": "CAUSAL_LM",
     "revision": "main",
 }

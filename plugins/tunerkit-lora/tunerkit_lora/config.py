@@ -58,15 +58,17 @@ class LoraConfig(PeftConfig):
         lora_dropout: The probability with which each element of the adapter's input is dropped while training.
         fan_in_fan_out: Whether the weights are stored in x out. The layer knows; a value that is wrong for the targeted
             layers is corrected in the completed config, with a `ConfigWarning`.
-        bias: Which biases of the base are trained too. *(not built)*
+        bias: Which biases of the base model are trained and saved too: `"none"`, `"all"`, or `"lora_only"`, those of
+            the adapted layers. One adapter at a time can do that.
         use_rslora: Whether `scaling` is divided by the root of the rank rather than by the rank.
         modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
             standard deviation `1 / r`, `B` zero. `False`: both as PyTorch starts a linear layer, so that the adapter
             changes the output at once; for tests. `"pissa"`, `"pissa_niter_<number>"`, `"olora"`, `"orthogonal"`,
             `"mica"` and `"eva"`: see `tunerkit_lora.inits`; for linear layers, `"mica"` for embeddings too.
-        layers_to_transform: The numbers of the layers to adapt. *(not built)*
-        layers_pattern: The name before a layer's number. *(not built)*
+        layers_to_transform: The number of the layer to adapt, or several: of the modules that a list of targets means
+            by the end of their path, only those in these layers are adapted.
+        layers_pattern: A regex for the name before a layer's number in a path, or several; if not given, any name.
         rank_pattern: Ranks of single modules, by regexes that fit a module's path or the end of it after a dot. The
             first that fits counts; `^` at the start of one means the whole path.
         alpha_pattern: `lora_alpha` of single modules, in the same way.
@@ -105,12 +107,12 @@ class LoraConfig(PeftConfig):
     lora_alpha: float = 8
     lora_dropout: float = setting(0.0, minimum=0, maximum=1)
     fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "lora_only"] = unbuilt("none")
+    bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
-    layers_to_transform: list[int] | int | None = unbuilt(None)
-    layers_pattern: list[str] | str | None = unbuilt(None)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = setting(factory=dict)
     alpha_pattern: dict[str, float] | None = setting(factory=dict)
     megatron_config: dict[str, Any] | None = unbuilt(None)
