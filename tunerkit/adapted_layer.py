@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import AdapterStateError, MergeError, RouteError
 from tunerkit.folding import Merged, Stacked, fold, merge_order
-from tunerkit.layer import BaseTunerLayer
+from tunerkit.layer import BaseTunerLayer, tuner_layers
 from tunerkit.names import PerAdapter, expose, withdraw
 from tunerkit.naming import listing
-from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
+from tunerkit.route import BACKWARD, CALL, Owner, check_held, current, narrowed
+from tunerkit.row_groups import run_rows
+from tunerkit.rows import Rows, split_rows
 from tunerkit.sites import Below, Bound, ParameterSite, Site
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         names = current(self._owner)
         if CALL.route is not None:
             check_held(self._owner)
+        if isinstance(names, Rows):
+            return self._forward_rows(names, args, kwargs)  # type: ignore[no-any-return]
         stack = self._stack if names is None else self._routed(names)
         site = self.site
         if not stack or not (args or kwargs):
@@ -83,6 +87,33 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         for adapter in stack:
             below = Stacked(adapter, below)
         return below(x)
+
+    def _forward_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the base layer with an adapter, or none, for each row of its input."""
+        held = [next(iter(self._routed((name,))), None) for name in rows.names]
+        site = self.site
+        if all(adapter is None for adapter in held) or not (args or kwargs):
+            return site.module(*args, **kwargs)
+        x, args, kwargs = _split_input(site.owner, args, kwargs)
+        groups = rows.groups(x, site.name)
+        if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+            msg = (
+                f"Each row of the batch has an adapter of its own, and the layer {site.name!r} takes other tensors "
+                "beside its input, of which it is not known what belongs to which row. Call the model once for each "
+                "adapter, within use_adapter(name)."
+            )
+            raise RouteError(msg)
+        below = Bound(site, self.bare_site, args, kwargs)
+        if next(tuner_layers(site.module), None) is None:
+            return run_rows(held, x, below, groups)
+
+        def run(name: str, part: Tensor) -> Any:
+            # The layers below this one are to take the rows of one adapter for the whole batch.
+            with narrowed(self._owner, (name,)):
+                adapter = self._adapters.get(name)
+                return below(part) if adapter is None else adapter.forward(part, below)
+
+        return split_rows(x, groups, run)
 
     def _routed(self, names: tuple[str, ...]) -> tuple[Adapter, ...]:
         if self._merged is not None:

@@ -12,10 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunerkit.alike import run_alike
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from typing_extensions import Self
+
     from tunerkit.config import PeftConfig
+    from tunerkit.rows import Groups
     from tunerkit.sites import Below, Site
 
 
@@ -30,6 +35,8 @@ class Adapter(nn.Module):
         kinds: The kinds of sites it adapts (`Site.kind`).
         unfoldable: Why this adapter has no merged form, so that only its own `forward` is run; None if it has one.
         commutes: Whether it adds something that depends on neither the adapters below it nor their order.
+        crosses_rows: Why what it does with a row of a batch depends on the other rows, so that rows of one batch cannot
+            have adapters of their own; None if it does not.
         part: What this adapter shares with those of the same name at other sites, if the method has a `Part`.
     """
 
@@ -37,6 +44,7 @@ class Adapter(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     unfoldable: str | None = None
     commutes: bool = False
+    crosses_rows: str | None = None
     part: Part | None = None
 
     def __init__(self, site: Site, config: PeftConfig) -> None:
@@ -58,6 +66,21 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, below: Below) -> Tensor:
         """Return the layer's output with this adapter; a subclass may have a cheaper way to the same result."""
         return below.run(x, *self.merged(below))
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Self], x: Tensor, below: Below, groups: Groups) -> Tensor:
+        """Return the layer's output for a batch in which each row has one of several adapters.
+
+        This calls the `forward` of each on its rows, of adapters that are alike at once. A subclass may have a cheaper
+        way to the same result; it is taken for subclasses of that which do not change `forward`.
+
+        Args:
+            adapters: One for each group of rows, at least two.
+            x: The layer's input, rows x ...
+            below: The layer. What it is asked for with `x` itself is computed once.
+            groups: The rows by adapter.
+        """
+        return run_alike(adapters, x, below, groups)  # type: ignore[no-any-return]
 
     def together(self, others: Sequence[Adapter]) -> str | None:
         """Return why this adapter cannot be active on a layer together with these others, or None if it can."""
@@ -162,6 +185,44 @@ def add_low_rank(y: Tensor, x: Tensor, down: nn.Linear, up: nn.Linear, scaling: 
         b = b.to(y.dtype)
     rows = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b.t(), alpha=scaling)
     return rows.view(y.shape)
+
+
+def add_low_rank_rows(
+    y: Tensor, x: Tensor, downs: Sequence[nn.Linear], ups: Sequence[nn.Linear], scalings: Sequence[float], which: Tensor
+) -> Tensor:
+    """Return `add_low_rank` of each row with factors of its own, all rows at once.
+
+    The factors are filled up with zeros to the largest rank. `have_plain_weights` says whether they can be read.
+
+    Args:
+        y: The layer's output, rows x ... x out.
+        x: The layer's input, rows x ... x in.
+        downs: Factors with weights rank x in.
+        ups: Factors with weights out x rank.
+        scalings: The factors before the products.
+        which: For each row the position of its factors.
+    """
+    rank = max(down.weight.shape[0] for down in downs)
+    bank_a = torch.stack([_filled(down.weight.to(x.dtype), rank, dim=0) for down in downs])
+    bank_b = torch.stack([_filled(up.weight.to(y.dtype), rank, dim=1) for up in ups])
+    hidden = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), bank_a.index_select(0, which).mT).to(y.dtype)
+    alpha = scalings[0]
+    if any(scaling != alpha for scaling in scalings):
+        hidden = hidden * hidden.new_tensor(list(scalings)).index_select(0, which)[:, None, None]
+        alpha = 1.0
+    rows = y.reshape(y.shape[0], -1, y.shape[-1])
+    return torch.baddbmm(rows, hidden, bank_b.index_select(0, which).mT, alpha=alpha).view(y.shape)
+
+
+def have_plain_weights(*factors: nn.Linear) -> bool:
+    """Return whether reading the weights of factors is the same as calling them."""
+    weights = ((factor, factor._parameters.get("weight")) for factor in factors)
+    return all(weight is not None and _is_plain(factor, weight) for factor, weight in weights)
+
+
+def _filled(weight: Tensor, rank: int, dim: int) -> Tensor:
+    missing = rank - weight.shape[dim]
+    return weight if not missing else F.pad(weight, (0, 0, 0, missing) if dim == 0 else (0, missing))
 
 
 def _call(factor: nn.Module, x: Tensor) -> Tensor:
