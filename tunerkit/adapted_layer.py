@@ -90,7 +90,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _forward_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the base layer with an adapter, or none, for each row of its input."""
-        held = [next(iter(self._routed((name,))), None) for name in rows.names]
+        self._refuse_merged(rows.names)
+        held = [self._adapters.get(name) for name in rows.names]
         site = self.site
         if all(adapter is None for adapter in held) or not (args or kwargs):
             return site.module(*args, **kwargs)
@@ -116,13 +117,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return split_rows(x, groups, run)
 
     def _routed(self, names: tuple[str, ...]) -> tuple[Adapter, ...]:
+        self._refuse_merged(names)
+        return tuple(self._adapters[name] for name in names if name in self._adapters)
+
+    def _refuse_merged(self, names: tuple[str, ...]) -> None:
         if self._merged is not None:
             msg = (
                 f"The layer {self._site.name!r} has {listing(self.merged_adapters)} merged into its weight, so a call "
                 f"cannot be routed to {listing(names)}. Call unmerge_adapter() first."
             )
             raise RouteError(msg)
-        return tuple(self._adapters[name] for name in names if name in self._adapters)
 
     @property
     def site(self) -> Site:

@@ -202,16 +202,15 @@ def add_low_rank_rows(
         scalings: The factors before the products.
         which: For each row the position of its factors.
     """
-    rank = max(down.weight.shape[0] for down in downs)
-    bank_a = torch.stack([_filled(down.weight.to(x.dtype), rank, dim=0) for down in downs])
-    bank_b = torch.stack([_filled(up.weight.to(y.dtype), rank, dim=1) for up in ups])
-    hidden = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), bank_a.index_select(0, which).mT).to(y.dtype)
+    bank_a = _bank(downs, dim=0).to(x.dtype).index_select(0, which)
+    bank_b = _bank(ups, dim=1).to(y.dtype).index_select(0, which)
+    hidden = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), bank_a.mT).to(y.dtype)
     alpha = scalings[0]
     if any(scaling != alpha for scaling in scalings):
         hidden = hidden * hidden.new_tensor(list(scalings)).index_select(0, which)[:, None, None]
         alpha = 1.0
     rows = y.reshape(y.shape[0], -1, y.shape[-1])
-    return torch.baddbmm(rows, hidden, bank_b.index_select(0, which).mT, alpha=alpha).view(y.shape)
+    return torch.baddbmm(rows, hidden, bank_b.mT, alpha=alpha).view(y.shape)
 
 
 def have_plain_weights(*factors: nn.Linear) -> bool:
@@ -220,9 +219,15 @@ def have_plain_weights(*factors: nn.Linear) -> bool:
     return all(weight is not None and _is_plain(factor, weight) for factor, weight in weights)
 
 
-def _filled(weight: Tensor, rank: int, dim: int) -> Tensor:
-    missing = rank - weight.shape[dim]
-    return weight if not missing else F.pad(weight, (0, 0, 0, missing) if dim == 0 else (0, missing))
+def _bank(factors: Sequence[nn.Linear], dim: int) -> Tensor:
+    """Stack the weights of factors, filled up with zeros to the largest rank, which is their size in a dimension."""
+    weights: list[Any] = [factor._parameters["weight"] for factor in factors]
+    ranks = {weight.shape[dim] for weight in weights}
+    if len(ranks) > 1:
+        missing = [max(ranks) - weight.shape[dim] for weight in weights]
+        pads = [(0, 0, 0, more) if dim == 0 else (0, more) for more in missing]
+        weights = [F.pad(weight, pad) for weight, pad in zip(weights, pads, strict=True)]
+    return torch.stack(weights)
 
 
 def _call(factor: nn.Module, x: Tensor) -> Tensor:

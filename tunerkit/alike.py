@@ -157,13 +157,17 @@ def _with_tensors(module: Module, tensors: Iterator[Tensor]) -> Module:
 
 
 _HELD = frozenset({"_parameters", "_buffers", "_modules"})
+_AT_START = {name: value for name, value in vars(nn.Module()).items() if name not in _HELD}
+"""What every module holds beside its tensors before something is hooked or switched; not looked at one by one."""
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:
     """Return what must be equal for two modules to differ only in the numbers of their tensors."""
     children = module._modules
     settings = [
-        (name, _setting(value)) for name, value in vars(module).items() if name not in _HELD and name not in children
+        (name, _setting(value))
+        for name, value in vars(module).items()
+        if name not in _HELD and name not in children and not (name in _AT_START and value == _AT_START[name])
     ]
     held = [
         (name, None if tensor is None else (type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout))

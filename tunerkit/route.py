@@ -52,7 +52,8 @@ class Route:
         self.names = names
         self.under = under
         self.calls = 0
-        self.task = torch._C._current_graph_task_id()
+        # While a graph is traced no backward is under way, and the compiler cannot ask for its id.
+        self.task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 class Held:

@@ -126,7 +126,7 @@ class Groups:
         if torch.compiler.is_compiling():  # what is made while a graph is traced belongs to the graph
             return make().to(device)
         if key not in self._on_device:
-            with torch.inference_mode(mode=False):  # the next call may need it for a backward
+            with torch.inference_mode(False):  # noqa: FBT003 - the compiler takes no keyword
                 self._on_device[key] = make().to(device)
         return self._on_device[key]
 
@@ -207,5 +207,5 @@ def split_rows(x: Tensor, groups: Groups, run: Callable[[str, Tensor], Any]) -> 
 
 def _whole(numbers: Sequence[int]) -> Tensor:
     # On the CPU also within a `with torch.device(...)` block, and fit for a backward.
-    with torch.inference_mode(mode=False):
+    with torch.inference_mode(False):  # noqa: FBT003 - the compiler takes no keyword
         return torch.tensor(list(numbers), dtype=torch.long, device="cpu")
