@@ -181,6 +181,11 @@ def lora(*targets):
     return LoraConfig(target_modules=list(targets or ("0", "2")), r=2)
 
 
+def whole(*saved):
+    """A config that also has copies of modules."""
+    return LoraConfig(target_modules=["0"], r=2, modules_to_save=list(saved or ("3",)))
+
+
 def ia3(*targets):
     return IA3Config(target_modules=list(targets or ("0", "3")), feedforward_modules=list(targets or ("0", "3"))[:1])
 
@@ -193,6 +198,15 @@ def make_adapted(*active):
     for name in ("one", "two", "three"):
         move(model, name)
     model.set_adapter(list(active or ("one",)))
+    return model
+
+
+def make_whole():
+    """Two adapters with copies of modules, of which one is of the same module."""
+    model = get_peft_model(make_base(), whole(), "one")
+    model.add_adapter("two", whole("3"))
+    move(model, "one")
+    move(model, "two")
     return model
 
 
@@ -228,6 +242,10 @@ CALLS = {
     "load first trainable": (make_base, lambda model, f: PeftModel.from_pretrained(model, f, is_trainable=True)),
     "load": (make_adapted, lambda model, folder: model.load_adapter(folder, "new")),
     "load over": (make_adapted, lambda model, folder: model.load_adapter(folder, "one", is_trainable=True)),
+    "attach with copies": (make_base, lambda model, _: get_peft_model(model, whole())),
+    "add with copies": (make_whole, lambda model, _: model.add_adapter("new", whole())),
+    "delete with copies": (make_whole, lambda model, _: model.delete_adapter("one")),
+    "unload with copies": (make_whole, lambda model, _: model.unload()),
     "delete": (make_adapted, lambda model, _: model.delete_adapter("two")),
     "delete the active one": (make_adapted, lambda model, _: model.delete_adapter("one")),
     "delete one with a part": (lambda: make_adapted("three", "two"), lambda model, _: model.delete_adapter("three")),

@@ -256,7 +256,7 @@ class TestPlainAttributes:
             layer.scaling["missing"]
 
     def test_delete(self, model):
-        attribute = PerAdapter({"default": model[0].adapters["default"]}, "scaling")
+        attribute = PerAdapter({"default": model[0].adapters["default"]}, "scaling", lambda name: None)
         del attribute["default"]
         assert not attribute
         assert not hasattr(model[0].adapters["default"], "scaling")

@@ -156,8 +156,8 @@ class TestNamesOfThePackage:
     def test_others(self):
         message = "tunerkit has no 'get_peft_modle'. Closest: 'get_peft_model'"
         assert refusal(lambda: tunerkit.get_peft_modle, error=AttributeError).startswith(message)
-        assert refusal(lambda: tunerkit.PeftModelForCausalLM, error=AttributeError).startswith(
-            "tunerkit has no 'PeftModelForCausalLM'. Closest: 'PeftModel'"
+        assert refusal(lambda: tunerkit.AutoPeftModelForCausalLM, error=AttributeError).startswith(
+            "tunerkit has no 'AutoPeftModelForCausalLM'. Closest: 'PeftModelForCausalLM'"
         )
         assert refusal(lambda: tunerkit.qqqq, error=AttributeError) == "tunerkit has no 'qqqq'."
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.config import PeftConfig, PeftType, TaskType, get_peft_config
+from tunerkit.copied_module import ModulesToSaveWrapper
 from tunerkit.errors import NoMatchingPeftModuleError, TunerkitError, TunerkitWarning
 from tunerkit.functional import (
     cast_adapter_dtype,
@@ -16,22 +17,40 @@ from tunerkit.functional import (
     set_peft_model_state_dict,
     use_adapter,
 )
+from tunerkit.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.model import PeftModel, get_peft_model
 from tunerkit.plan import Plan
 from tunerkit.plugins import register
 from tunerkit.plugins.hooks import hookimpl
 from tunerkit.plugins.method import Method
+from tunerkit.task_models import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from tunerkit.tuner import BaseTuner, plan
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "BaseTuner",
     "BaseTunerLayer",
     "LoadReport",
     "Method",
+    "ModulesToSaveWrapper",
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
     "Plan",
     "TaskType",
@@ -42,9 +61,12 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "hookimpl",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
     "plan",
+    "prepare_model_for_compiled_hotswap",
     "register",
     "set_peft_model_state_dict",
     "use_adapter",

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from tunerkit.adapter import AdditiveAdapter
-from tunerkit.errors import AdapterStateError, MergeError, RouteError
-from tunerkit.folding import Merged, Stacked, fold, merge_order
-from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.errors import AdapterStateError, MergeError, RouteError, UnknownAdapterError
+from tunerkit.folding import Merged, fold, merge_order, stacked
+from tunerkit.layer import BaseTunerLayer, split_input
 from tunerkit.names import PerAdapter, expose, withdraw
 from tunerkit.naming import listing
-from tunerkit.route import BACKWARD, CALL, Owner, check_held, current, narrowed
-from tunerkit.row_groups import run_rows
-from tunerkit.rows import Rows, split_rows
-from tunerkit.sites import Below, Bound, ParameterSite, Site
+from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
+from tunerkit.row_groups import run_layer
+from tunerkit.rows import Rows
+from tunerkit.sites import SHOWN, Bound, ParameterSite, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from tunerkit.adapter import Adapter
+    from tunerkit.route import Names
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -37,6 +37,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     """
 
     base_layer: nn.Module
+    follows_routes: ClassVar[bool] = True
 
     def __init__(self, site: Site, owner: Owner) -> None:
         super().__init__()
@@ -57,7 +58,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     _stack: tuple[Adapter, ...]
     _sole: Adapter | None
     _site: Site
-    _owner: Owner
     _merged: Merged | None
     _merged_before: list[str] | None
 
@@ -73,48 +73,27 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return adapter.forward(args[0], site if site.module is base else site.at(base))  # type: ignore[arg-type]
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        names = current(self._owner)
-        if CALL.route is not None:
-            check_held(self._owner)
+        names = self._names()
         if isinstance(names, Rows):
-            return self._forward_rows(names, args, kwargs)  # type: ignore[no-any-return]
-        stack = self._stack if names is None else self._routed(names)
+            self._refuse_merged(names.names)
+            return run_layer(self.site, self._adapters, names, self._owner, args, kwargs)  # type: ignore[no-any-return]
+        stack = self._standing(names)
         site = self.site
         if not stack or not (args or kwargs):
             return site.module(*args, **kwargs)  # type: ignore[no-any-return]
-        x, args, kwargs = _split_input(site.owner, args, kwargs)
-        below: Below = Bound(site, self.bare_site, args, kwargs)
-        for adapter in stack:
-            below = Stacked(adapter, below)
-        return below(x)
+        x, args, kwargs = split_input(site.owner, args, kwargs)
+        return stacked(stack, Bound(site, self.bare_site, args, kwargs))(x)
 
-    def _forward_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the base layer with an adapter, or none, for each row of its input."""
-        self._refuse_merged(rows.names)
-        held = [self._adapters.get(name) for name in rows.names]
-        site = self.site
-        if all(adapter is None for adapter in held) or not (args or kwargs):
-            return site.module(*args, **kwargs)
-        x, args, kwargs = _split_input(site.owner, args, kwargs)
-        groups = rows.groups(x, site.name)
-        if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
-            msg = (
-                f"Each row of the batch has an adapter of its own, and the layer {site.name!r} takes other tensors "
-                "beside its input, of which it is not known what belongs to which row. Call the model once for each "
-                "adapter, within use_adapter(name)."
-            )
-            raise RouteError(msg)
-        below = Bound(site, self.bare_site, args, kwargs)
-        if next(tuner_layers(site.module), None) is None:
-            return run_rows(held, x, below, groups)
+    def _names(self) -> Names | None:
+        """Return the adapters that this thread is routed to now, or None."""
+        names = current(self._owner)
+        if CALL.route is not None:
+            check_held(self._owner)
+        return names
 
-        def run(name: str, part: Tensor) -> Any:
-            # The layers below this one are to take the rows of one adapter for the whole batch.
-            with narrowed(self._owner, (name,)):
-                adapter = self._adapters.get(name)
-                return below(part) if adapter is None else adapter.forward(part, below)
-
-        return split_rows(x, groups, run)
+    def _standing(self, names: tuple[str, ...] | None) -> tuple[Adapter, ...]:
+        """Return the adapters that take part in what this thread does now, from the lowest up."""
+        return self._stack if names is None else self._routed(names)
 
     def _routed(self, names: tuple[str, ...]) -> tuple[Adapter, ...]:
         self._refuse_merged(names)
@@ -138,6 +117,27 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def bare_site(self) -> Site:
         """The base layer with its own weight, also while adapters are merged into it."""
         return self.site if self._merged is None else self._merged.bare(self.site)
+
+    def _read(self, name: str) -> Tensor | None:
+        """Return the weight or bias of a site whose parameters are read, as a call made here and now would have it."""
+        names = self._names()
+        if isinstance(names, Rows):
+            names = names.none_of(self._adapters, self._site.name)
+        site, stack = self.site, self._standing(names)
+        if not stack:
+            return site.owner._parameters.get(name)
+        below = stacked(stack, Bound(site, self.bare_site, (), {}))
+        return site.fitted(below.weight, below.bias).get(name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; where a layer is read rather than called, with what takes part folded in."""
+        return self._read("weight") if "weight" in self._site.read else super().weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias; where a layer is read rather than called, with what takes part folded in."""
+        return self._read("bias") if "bias" in self._site.read else super().bias
 
     @property
     def parameter_name(self) -> str | None:
@@ -293,8 +293,50 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self.__dict__["_merged"] = None
             self._settle()
 
-    def forget_originals(self) -> dict[str, nn.Parameter | None]:
-        """Give up the merged adapters and return the original parameters; nothing can be unmerged after that."""
+    def check_not_merged(self, name: str) -> None:
+        """Raise `AdapterStateError` if an adapter is merged, so that changing it now would have no effect."""
+        if name in self.merged_adapters:
+            msg = (
+                f"The adapter {name!r} is merged into {self._site.name!r}, so changing it would have no effect there. "
+                "Call unmerge_adapter() first."
+            )
+            raise AdapterStateError(msg)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what an adapter adds to the weight, in the shape in which the layer stores that.
+
+        Args:
+            adapter: The adapter's name.
+
+        Raises:
+            UnknownAdapterError: The layer has no such adapter.
+            AdapterStateError: The adapter does not add something to the weight.
+            MergeError: What this one adds has no such form.
+        """
+        found = self._adapters.get(adapter)
+        if found is None:
+            msg = f"The layer {self._site.name!r} has no adapter {adapter!r}; it has {listing(self._adapters)}."
+            raise UnknownAdapterError(msg)
+        if not isinstance(found, AdditiveAdapter):
+            msg = (
+                f"The adapter {adapter!r} on {self._site.name!r} ({type(found).__name__}) does not add anything to the "
+                "weight, so there is no such thing to return."
+            )
+            raise AdapterStateError(msg)
+        bare = self.bare_site
+        return bare.as_stored(found.delta(bare).reshape(bare.weight.shape))
+
+    def check_merge(self, names: Sequence[str]) -> None:
+        """Raise `MergeError` if an adapter has no merged form, or would be merged past one it does not commute with."""
+        merge_order(self, names)
+
+    def merge_for_good(self, names: list[str]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Merge adapters and give them up; nothing can be unmerged after that.
+
+        Returns:
+            The base layer's parameters that were given up, each with the one in its place.
+        """
+        self.merge(adapter_names=names)
         originals = {} if self._merged is None else self._merged.originals
         merged = self.merged_adapters
         self.__dict__["_merged"] = None
@@ -303,7 +345,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             del self._adapters[name]
         withdraw(self, self._adapters)  # type: ignore[arg-type]
         self._settle()
-        return originals
+        now = self.site.owner._parameters
+        pairs = ((old, now[name]) for name, old in originals.items())
+        return [(old, heir) for old, heir in pairs if old is not None and heir is not None]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter adds something to the weight, so that it can be turned into a low-rank one."""
@@ -334,12 +378,14 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_"):
+            if name.startswith("_") and name not in SHOWN:
                 raise
+        if name in self._site.read:
+            return self._read(name)
         # What the model's own code reads of its layer comes first, then what the adapters have.
         base = self.get_base_layer()
         if not hasattr(base, name) and any(hasattr(adapter, name) for adapter in self._adapters.values()):
-            return PerAdapter(self._adapters, name)  # type: ignore[arg-type]
+            return PerAdapter(self._adapters, name, self.check_not_merged)  # type: ignore[arg-type]
         if not hasattr(base, name):
             for adapter in self._adapters.values():
                 call = _own(adapter.__dict__["_layer_class"], name)
@@ -352,14 +398,3 @@ def _own(kind: type[BaseTunerLayer], name: str) -> Any:
     """Return what a method's layer class defines beyond `BaseTunerLayer` under a name, or None."""
     own = itertools.takewhile(lambda base: base is not BaseTunerLayer, kind.__mro__)
     return next((vars(base)[name] for base in own if name in vars(base)), None)
-
-
-def _split_input(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Separate a layer's input from its other arguments; if all are given by name, it is the layer's first."""
-    if args:
-        return args[0], args[1:], kwargs
-    given = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
-    first = next(iter(given or kwargs))
-    return kwargs[first], (), {name: value for name, value in kwargs.items() if name != first}

@@ -57,7 +57,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     def around(cls, model: nn.Module) -> Self:
         """Return a tuner around a model as it is, with whatever adapters were put in before; nothing is changed."""
         layers = [layer for _, layer in tuner_layers(model)]
-        owners = [layer._owner for layer in layers if isinstance(layer, AdaptedLayer)]
+        owners = [layer._owner for layer in layers if layer.follows_routes]
         tuner = cls.__new__(cls)
         nn.Module.__init__(tuner)
         tuner._modules["model"] = model
@@ -90,7 +90,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     @property
     def targeted_module_names(self) -> list[str]:
         """The paths of the modules that are adapted now."""
-        return [path for path, layer in tuner_layers(self.model) if _parameter_of(layer) is None]
+        return [path for path, layer in tuner_layers(self.model) if layer.targeted and _parameter_of(layer) is None]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
@@ -192,8 +192,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     @staticmethod
     def _check_together(layers: list[BaseTunerLayer], names: Sequence[str]) -> None:
         for layer in layers if len(names) > 1 else ():
-            if isinstance(layer, AdaptedLayer):
-                layer.check_together(names)
+            layer.check_together(names)
 
     def _set_part(self, part: Part, *, trains: bool) -> None:
         """Say whether a part trains; while the adapters are switched off, it will when they are on again."""
@@ -312,7 +311,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter can be turned into a low-rank one on all its layers."""
-        layers = [layer for layer in self.layers() if adapter_name in layer.available_adapters]
+        layers = [layer for layer in self.layers() if layer.targeted and adapter_name in layer.available_adapters]
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     # nn.Module

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.alike import run_alike
+from tunerkit.errors import AdapterStateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class Adapter(nn.Module):
         commutes: Whether it adds something that depends on neither the adapters below it nor their order.
         crosses_rows: Why what it does with a row of a batch depends on the other rows, so that rows of one batch cannot
             have adapters of their own; None if it does not.
+        settings: The names of the plain numbers that `forward` reads and that the config decides, such as a scaling.
         part: What this adapter shares with those of the same name at other sites, if the method has a `Part`.
     """
 
@@ -45,6 +47,7 @@ class Adapter(nn.Module):
     unfoldable: str | None = None
     commutes: bool = False
     crosses_rows: str | None = None
+    settings: ClassVar[tuple[str, ...]] = ()
     part: Part | None = None
 
     def __init__(self, site: Site, config: PeftConfig) -> None:
@@ -91,6 +94,49 @@ class Adapter(nn.Module):
         """Take in the part that all adapters of this name share; called once, before the adapter is used."""
         self.__dict__["part"] = part
 
+    def take(self, other: Adapter) -> None:
+        """Take over the numbers and settings of another adapter of this class for the same site, in place.
+
+        What holds the tensors meanwhile, a compiled model or an optimiser, goes on with the new numbers.
+
+        Raises:
+            AdapterStateError: The tensors have other shapes; nothing was changed.
+        """
+        theirs = other.state_dict()
+        mine = self.state_dict(keep_vars=True)
+        for key, tensor in mine.items():
+            if tensor.shape != theirs[key].shape:
+                msg = (
+                    f"{key!r} is {tuple(theirs[key].shape)} there and {tuple(tensor.shape)} here, so it cannot be "
+                    "swapped in place. Load it as another adapter."
+                )
+                raise AdapterStateError(msg)
+        with torch.no_grad():
+            for key, tensor in mine.items():
+                tensor.copy_(theirs[key])
+            for name in self.settings:
+                own = getattr(self, name)
+                if isinstance(own, Tensor):
+                    own.fill_(getattr(other, name))
+                else:
+                    setattr(self, name, getattr(other, name))
+
+    def make_room(self, rank: int | None, device: torch.device) -> None:
+        """Prepare for `take` under a compiled model, which must not see that anything but numbers in tensors changed.
+
+        The plain numbers in `settings` become tensors. A method with ranks also fills its tensors up with zeros.
+
+        Args:
+            rank: The largest rank to come, if ranks are to change; methods without ranks pass it over.
+            device: The device of the layer.
+
+        Raises:
+            AdapterStateError: The adapter's rank is larger.
+        """
+        del rank
+        for name in self.settings:
+            setattr(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float32, device=device))
+
     def to_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this adapter's tensors in the form in which a checkpoint holds them, by their keys below the layer."""
         return tensors
@@ -117,10 +163,21 @@ class AdditiveAdapter(Adapter):
         msg = f"{type(self).__name__} must define delta(base)."
         raise NotImplementedError(msg)
 
+    def delta_bias(self, base: Site) -> Tensor | None:
+        """Return what is added to the bias, of size out, or None; the layer itself may have no bias.
+
+        Args:
+            base: The bare layer.
+        """
+        del base
+        return None
+
     def merged(self, below: Below) -> tuple[Tensor, Tensor | None]:
-        """Return the weight plus `delta`, and the bias as it is."""
-        weight = below.weight
-        return weight + self.delta(below.base).reshape(weight.shape), below.bias
+        """Return the weight plus `delta`, and the bias plus `delta_bias`."""
+        weight, bias, added = below.weight, below.bias, self.delta_bias(below.base)
+        if added is not None:
+            bias = added if bias is None else bias + added
+        return weight + self.delta(below.base).reshape(weight.shape), bias
 
 
 class Part(nn.Module):
@@ -145,34 +202,36 @@ class Part(nn.Module):
         return call(*args, **kwargs)
 
 
-def linear(weight: Tensor, *, trains: bool = True) -> nn.Linear:
-    """Return an `nn.Linear` without bias that holds a ready-made weight.
+def linear(weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -> nn.Linear:
+    """Return an `nn.Linear` that holds a ready-made weight.
 
     The constructor of `nn.Linear` would first fill a weight of its own at random, which costs five times as much.
 
     Args:
         weight: The weight, out x in.
-        trains: Whether the weight is to be trained.
+        bias: The bias, of size out, or None.
+        trains: Whether they are to be trained.
     """
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=trains)
-    layer._parameters["bias"] = None
+    layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=trains)
     return layer
 
 
-def add_low_rank(y: Tensor, x: Tensor, down: nn.Linear, up: nn.Linear, scaling: float) -> Tensor:
+def add_low_rank(y: Tensor, x: Tensor, down: nn.Module, up: nn.Module, scaling: float | Tensor) -> Tensor:
     """Return `y + scaling * up(down(x))` without building the matrix `up.weight @ down.weight`.
 
-    The small factors are cast to the dtype of what they meet, not the activations to the dtype of the factors.
+    The small factors are cast to the dtype of what they meet, not the activations to the dtype of the factors. Where
+    calling a factor is more than a product with its weight (a convolution, a bias, a hook), it is called.
 
     Args:
         y: The layer's output, ... x out.
         x: The layer's input, ... x in.
         down: The factor with weight rank x in.
         up: The factor with weight out x rank.
-        scaling: The factor before the product.
+        scaling: The factor before the product; a tensor of one number where a compiled model must not depend on it.
     """
     a: Tensor | None = down._parameters.get("weight")
     b: Tensor | None = up._parameters.get("weight")
@@ -183,12 +242,19 @@ def add_low_rank(y: Tensor, x: Tensor, down: nn.Linear, up: nn.Linear, scaling: 
         hidden = hidden.to(y.dtype)
     if b.dtype is not y.dtype:
         b = b.to(y.dtype)
+    if isinstance(scaling, Tensor):
+        hidden, scaling = hidden * scaling.to(hidden.dtype), 1.0
     rows = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b.t(), alpha=scaling)
     return rows.view(y.shape)
 
 
 def add_low_rank_rows(
-    y: Tensor, x: Tensor, downs: Sequence[nn.Linear], ups: Sequence[nn.Linear], scalings: Sequence[float], which: Tensor
+    y: Tensor,
+    x: Tensor,
+    downs: Sequence[nn.Module],
+    ups: Sequence[nn.Module],
+    scalings: Sequence[float | Tensor],
+    which: Tensor,
 ) -> Tensor:
     """Return `add_low_rank` of each row with factors of its own, all rows at once.
 
@@ -206,20 +272,20 @@ def add_low_rank_rows(
     bank_b = _bank(ups, dim=1).to(y.dtype).index_select(0, which)
     hidden = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), bank_a.mT).to(y.dtype)
     alpha = scalings[0]
-    if any(scaling != alpha for scaling in scalings):
-        hidden = hidden * hidden.new_tensor(list(scalings)).index_select(0, which)[:, None, None]
-        alpha = 1.0
+    if isinstance(alpha, Tensor) or any(isinstance(scaling, Tensor) or scaling != alpha for scaling in scalings):
+        scales = torch.stack([torch.as_tensor(scaling).to(hidden) for scaling in scalings])
+        hidden, alpha = hidden * scales.index_select(0, which)[:, None, None], 1.0
     rows = y.reshape(y.shape[0], -1, y.shape[-1])
     return torch.baddbmm(rows, hidden, bank_b.mT, alpha=alpha).view(y.shape)
 
 
-def have_plain_weights(*factors: nn.Linear) -> bool:
+def have_plain_weights(*factors: nn.Module) -> bool:
     """Return whether reading the weights of factors is the same as calling them."""
     weights = ((factor, factor._parameters.get("weight")) for factor in factors)
     return all(weight is not None and _is_plain(factor, weight) for factor, weight in weights)
 
 
-def _bank(factors: Sequence[nn.Linear], dim: int) -> Tensor:
+def _bank(factors: Sequence[nn.Module], dim: int) -> Tensor:
     """Stack the weights of factors, filled up with zeros to the largest rank, which is their size in a dimension."""
     weights: list[Any] = [factor._parameters["weight"] for factor in factors]
     ranks = {weight.shape[dim] for weight in weights}
@@ -235,7 +301,7 @@ def _call(factor: nn.Module, x: Tensor) -> Tensor:
     return factor(x if weight is None or not weight.is_floating_point() else x.to(weight.dtype))  # type: ignore[no-any-return]
 
 
-def _is_plain(layer: nn.Linear, weight: Tensor) -> bool:
+def _is_plain(layer: nn.Module, weight: Tensor) -> bool:
     """Return whether reading the weight is the same as calling the layer: nothing hooked, replaced or off-loaded."""
     return (
         type(layer) is nn.Linear

@@ -16,9 +16,9 @@ from tunerkit.naming import method_id
 from tunerkit.sites import make_on_meta, make_site
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from tunerkit.journal import Journal
     from tunerkit.plan import Plan, Target
@@ -133,6 +133,12 @@ def _put_in_place(
             )
             raise UnsupportedSiteError(msg)
         layer = AdaptedLayer(site, owner)
+    if layer.site.read and adapter.unfoldable is not None:
+        msg = (
+            f"{target.name!r} cannot be adapted by {method!r}: its parameters are read by the code around it, so an "
+            f"adapter must have a merged form, and this one has none ({adapter.unfoldable})."
+        )
+        raise UnsupportedSiteError(msg)
     _place_tensors(adapter, layer.site.device, method)
     layer.add_adapter(name, adapter, method, layer_class)
     parent._modules[child] = layer
@@ -173,10 +179,3 @@ def _find_what_was_done(made: object, target: Target, name: str, method: str, *,
         "return that."
     )
     raise PluginError(msg)
-
-
-def cast_up(tensors: Iterable[Tensor]) -> None:
-    """Make tensors of lower precision float32, in place."""
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.element_size() < 4:  # noqa: PLR2004 - bytes of a float32
-            tensor.data = tensor.data.float()

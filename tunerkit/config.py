@@ -125,6 +125,9 @@ class PeftConfig:
     _sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
     """Fields whose lists become sets, as in PEFT."""
 
+    _patterns: ClassVar[tuple[str, ...]] = ()
+    """Fields that give single modules values by patterns of their paths; see `tunerkit.targeting.pattern_value`."""
+
     def __post_init__(self) -> None:
         self.check()
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.errors import TargetError, UnsupportedSiteError
-from tunerkit.naming import listing
+from tunerkit.naming import listing, method_id
 from tunerkit.plugins.hooks import hookimpl
-from tunerkit.sites import Site, make_site, site_class
+from tunerkit.sites import Site, in_words, make_site, site_class
 from tunerkit.targeting import bare, match_target, places
 
 if TYPE_CHECKING:
@@ -60,11 +60,7 @@ class DefaultHooks:
         if not self.method.adapters:
             msg = f"The plugin of {self.method_id!r} declares no adapter class and no _create_and_replace of its own."
             raise UnsupportedSiteError(msg)
-        mapping = self.method.tuner.target_module_mapping if self.method.tuner is not None else {}
-        chosen = getattr(peft_config, "target_modules", None)
-        by_default = any(chosen == (names if isinstance(names, str) else set(names)) for names in mapping.values())
-        kinds = self.method.kinds
-        site = site_of(target, current_key, parameter_name, kinds, self.method_id, by_default=by_default)
+        site = find_site(self.method, peft_config, target, current_key, parameter_name)
         return self.method.adapter_for(site.kind)(site, peft_config)
 
 
@@ -96,6 +92,21 @@ def fill_target_modules(
     targets = mapping[model_type]
     peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
     return peft_config
+
+
+def find_site(
+    method: Method, peft_config: PeftConfig, target: nn.Module, current_key: str, parameter_name: str | None
+) -> Site:
+    """Return the site for which `_create_and_replace` is to make an adapter, from what it is called with.
+
+    Raises:
+        UnsupportedSiteError: The module is of a kind that the method does not adapt, or cannot be adapted at all.
+    """
+    mapping = method.tuner.target_module_mapping if method.tuner is not None else {}
+    chosen = getattr(peft_config, "target_modules", None)
+    by_default = any(chosen == (names if isinstance(names, str) else set(names)) for names in mapping.values())
+    name = method_id(str(peft_config.peft_type))
+    return site_of(target, current_key, parameter_name, method.kinds, name, by_default=by_default)
 
 
 def site_of(
@@ -148,7 +159,5 @@ def site_of(
             f"It is one of the default targets of {method_id!r} for models of this type, which this version cannot "
             "adapt yet. Set target_modules to other modules, if the model has any that can be adapted."
         )
-    msg = (
-        f"The module {key!r} is a {type(base).__name__}, and {method_id!r} adapts {listing(sorted(kinds))} only. {hint}"
-    )
+    msg = f"The module {key!r} is a {type(base).__name__}, and {method_id!r} adapts {in_words(kinds)} only. {hint}"
     raise UnsupportedSiteError(msg)

@@ -19,6 +19,10 @@ class ConfigError(TunerkitError, ValueError):
     """A setting has the wrong type or value, is unknown, or asks for something that is not built."""
 
 
+class ArgumentError(TunerkitError, TypeError, ValueError):
+    """An argument of a call has the wrong type or value."""
+
+
 class UnknownMethodError(TunerkitError, KeyError, ValueError):
     """No installed package offers the method."""
 
@@ -55,6 +59,10 @@ class MergeError(AdapterStateError):
     """Adapters cannot be merged as asked."""
 
 
+class CombinationError(TunerkitError, ValueError):
+    """Adapters cannot be combined as asked."""
+
+
 class RouteError(AdapterStateError):
     """A call cannot be routed to the adapters it names."""
 
@@ -73,6 +81,10 @@ class TunerkitWarning(UserWarning):
 
 class TargetWarning(TunerkitWarning):
     """An entry of the config (a target, an exclusion) matched nothing while others did."""
+
+
+class ConfigWarning(TunerkitWarning):
+    """A setting was corrected, or has no effect."""
 
 
 class LoadWarning(TunerkitWarning):

@@ -60,6 +60,13 @@ class Stacked:
         return self.below.run(x, weight, bias)
 
 
+def stacked(adapters: Sequence[Adapter], below: Below) -> Below:
+    """Return adapters on what is below them, from the lowest up."""
+    for adapter in adapters:
+        below = Stacked(adapter, below)
+    return below
+
+
 class _Given:
     """A layer whose parameters are given: the current ones in the precision in which adapters are folded."""
 
@@ -165,9 +172,7 @@ def fold(site: Site, bare: Site, adapters: Sequence[Adapter], *, safe: bool) -> 
         weight, bias = site.weight, site.bias
         if weight.dtype in (torch.float16, torch.bfloat16):
             weight, bias = weight.float(), None if bias is None else bias.float()
-        below: Below = _Given(bare, weight, bias)
-        for adapter in adapters:
-            below = Stacked(adapter, below)
+        below = stacked(adapters, _Given(bare, weight, bias))
         tensors = site.to_stored(below.weight, below.bias)
         # What the adapters leave as it is stays the object it was: an optimiser or another module may hold it.
         for name, unchanged in ((site.weight_name, below.weight is weight), (site.bias_name, below.bias is bias)):

@@ -120,4 +120,4 @@ def _restore_training(modes: list[tuple[nn.Module, bool]]) -> None:
 def _restore_flags(flags: list[tuple[Tensor, bool]]) -> None:
     for tensor, trained in flags:
         if tensor.requires_grad != trained:
-            tensor.requires_grad_(trained)
+            tensor.requires_grad = trained  # not by a call, which a parameter without a shape refuses

@@ -7,6 +7,7 @@ is `tunerkit.adapted_layer.AdaptedLayer`.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +17,9 @@ from tunerkit.errors import AdapterWarning
 from tunerkit.naming import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from tunerkit.route import Owner
 
 
 class MethodMeta(type):
@@ -69,15 +72,24 @@ class BaseTunerLayer(metaclass=MethodMeta):
         adapter_layer_names: The names of the containers (by adapter) whose tensors can train.
         other_param_names: The names of other containers that hold something by adapter.
         frozen_peft_weight_names: The names of containers whose tensors stay frozen, by adapter.
+        base_name: The name of the child on which the adapters stand.
+        targeted: Whether adapters come here because their configs target the layer.
+        replaces: Whether an adapter stands in for the base layer, which is then neither run nor changed.
+        follows_routes: Whether a call's route decides which adapters are run here.
     """
 
     is_pluggable: ClassVar[bool] = True
+    base_name: ClassVar[str] = "base_layer"
+    targeted: ClassVar[bool] = True
+    replaces: ClassVar[bool] = False
+    follows_routes: ClassVar[bool] = False
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
     frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # noqa: RUF012 - PEFT's layers override it on the instance
     merged_adapters: Sequence[str] = ()
     base_layer: nn.Module
 
+    _owner: Owner
     _active_adapter: str | list[str] = "default"
     _disable_adapters: bool = False
     _trained_before: list[Tensor] | None = None
@@ -107,10 +119,10 @@ class BaseTunerLayer(metaclass=MethodMeta):
 
     def get_base_layer(self) -> nn.Module:
         """Return the layer below all adapters, also where one such layer wraps another."""
-        layer = self.base_layer
+        layer: object = self
         while isinstance(layer, BaseTunerLayer):
-            layer = layer.base_layer
-        return layer
+            layer = getattr(layer, layer.base_name)
+        return layer  # type: ignore[return-value]
 
     @property
     def weight(self) -> Tensor:
@@ -128,6 +140,14 @@ class BaseTunerLayer(metaclass=MethodMeta):
         for container in (*self.adapter_layer_names, *self.other_param_names):
             tensors.update(_tensors_in(getattr(self, container, None), name, container))
         return tensors
+
+    def tensor_name(self, key: str, name: str) -> str:
+        """Return what a tensor of an adapter is called below the layer: the adapter's name is in it."""
+        return entry_name(key, name)
+
+    def cast_up(self, name: str) -> None:
+        """Make an adapter's tensors float32 where they are of lower precision, in place."""
+        cast_up(self.adapter_tensors(name).values())
 
     def trainable_tensors(self, name: str) -> Iterator[Tensor]:
         """Go through the tensors of an adapter that train when it does."""
@@ -169,6 +189,7 @@ class BaseTunerLayer(metaclass=MethodMeta):
             inference_mode: Keep the active ones frozen too.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_together(names)
         trains = [] if inference_mode else [name for name in self.available_adapters if name in names]
         if self._disable_adapters:
             self._trained_before = [tensor for name in trains for tensor in self.trainable_tensors(name)]
@@ -176,6 +197,9 @@ class BaseTunerLayer(metaclass=MethodMeta):
         for name in self.available_adapters:
             self.set_requires_grad(name, requires_grad=name in trains)
         self._activate(names)
+
+    def check_together(self, names: Sequence[str]) -> None:
+        """Raise `AdapterStateError` if these adapters cannot be active together on this layer."""
 
     def _activate(self, names: list[str]) -> None:
         """Make adapters active without touching what trains."""
@@ -233,7 +257,19 @@ class BaseTunerLayer(metaclass=MethodMeta):
             if found is not None and name in found:
                 del found[name]
 
-    # What a layer written by hand defines itself
+    # Merging; what a layer written by hand defines itself
+
+    def check_merge(self, names: Sequence[str]) -> None:
+        """Raise `MergeError` if these adapters cannot be merged."""
+
+    def merge_for_good(self, names: list[str]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Merge adapters without keeping what the base layer was.
+
+        Returns:
+            The base layer's parameters that were given up, each with the one in its place.
+        """
+        self.merge(adapter_names=names)
+        return []
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base layer."""
@@ -274,6 +310,19 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
             yield from _walk(child, f"{prefix}.{name}" if prefix else name, seen)
 
 
+def entry_name(key: str, name: str) -> str:
+    """Return what a tensor of an adapter is called in the model: the adapter's name stands after that of the entry."""
+    entry, dot, rest = key.partition(".")
+    return f"{entry}.{name}{dot}{rest}"
+
+
+def cast_up(tensors: Iterable[Tensor]) -> None:
+    """Make tensors of lower precision float32, in place."""
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.element_size() < 4:  # noqa: PLR2004 - bytes of a float32
+            tensor.data = tensor.data.float()
+
+
 def _tensors_in(container: Any, name: str, prefix: str) -> dict[str, Tensor]:
     if container is None or name not in container:
         return {}
@@ -281,3 +330,14 @@ def _tensors_in(container: Any, name: str, prefix: str) -> dict[str, Tensor]:
     if isinstance(content, nn.Module):
         return {f"{prefix}.{key}": value for key, value in content.state_dict(keep_vars=True).items()}
     return {prefix: content} if isinstance(content, Tensor) else {}
+
+
+def split_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Separate a layer's input from its other arguments; if all are given by name, it is the layer's first."""
+    if args:
+        return args[0], args[1:], kwargs
+    given = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    first = next(iter(given or kwargs))
+    return kwargs[first], (), {name: value for name, value in kwargs.items() if name != first}

@@ -7,6 +7,8 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.errors import MergeError, MergeWarning
 from tunerkit.folding import fold, merge_order
@@ -17,8 +19,6 @@ from tunerkit.targeting import places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from torch import nn
 
 
 def merge_layers(model: nn.Module, names: Sequence[str], *, safe: bool) -> None:
@@ -54,6 +54,11 @@ def note_layers(journal: Journal, layers: Sequence[BaseTunerLayer], *, flags: bo
     """Note layers before what is active on them, or what of them trains, changes."""
     for layer in layers:
         journal.note_module(layer)  # type: ignore[arg-type]
+        if not isinstance(layer, AdaptedLayer):
+            # It keeps what is the adapters' in containers of its own.
+            for container in (getattr(layer, entry, None) for entry in layer.adapter_layer_names):
+                if isinstance(container, nn.Module):
+                    journal.note_module(container)
         if flags:
             journal.note_flags(tensor for name in layer.available_adapters for tensor in layer.trainable_tensors(name))
 
@@ -63,7 +68,7 @@ def note_parameters(journal: Journal, layer: BaseTunerLayer) -> None:
     journal.note_module(layer)  # type: ignore[arg-type]
     base = layer.get_base_layer()
     journal.note_module(base)
-    if not isinstance(layer, AdaptedLayer):
+    if not isinstance(layer, AdaptedLayer) and not layer.replaces:
         # A layer written by hand changes them in place.
         for parameter in base.parameters():
             journal.note_values(parameter)
@@ -99,18 +104,9 @@ def merge_for_good(
                 )
     with _progress("merging", len(layers), show=progressbar) as advance, _held_weakly(trainable) as trained:
         for layer in layers:
-            layer.merge(safe_merge=False, adapter_names=list(names))
-            if isinstance(layer, AdaptedLayer):
-                trainable += _heirs(layer, trained)
+            trainable += [heir for old, heir in layer.merge_for_good(list(names)) if id(old) in trained]
             advance()
     _untie(model)
-
-
-def _heirs(layer: AdaptedLayer, trained: set[int]) -> list[nn.Parameter]:
-    """Give up a layer's original parameters; return those in their place that are to train."""
-    given_up = layer.forget_originals()
-    owner = layer.site.owner._parameters
-    return [heir for name, old in given_up.items() if id(old) in trained and (heir := owner[name]) is not None]
 
 
 @contextlib.contextmanager
@@ -135,9 +131,9 @@ def unwrap(model: nn.Module, journal: Journal, *, only_empty: bool = False) -> N
     for _, module, parent, name in list(places(model)):
         holder, child, layer = parent, name, module
         while isinstance(layer, BaseTunerLayer):
-            base = layer.base_layer
+            base = getattr(layer, layer.base_name)
             if only_empty and layer.available_adapters:
-                holder, child = layer, "base_layer"
+                holder, child = layer, layer.base_name
             else:
                 journal.note_module(holder)
                 holder._modules[child] = base
@@ -150,8 +146,7 @@ def _check(model: nn.Module, layers: Sequence[BaseTunerLayer], names: Sequence[s
     if again:
         warnings.warn(MergeWarning(f"{listing(again)} is merged already and is not merged again."), stacklevel=4)
     for layer in layers:
-        if isinstance(layer, AdaptedLayer):
-            merge_order(layer, names)
+        layer.check_merge(names)
     _check_not_shared(model, names)
 
 
@@ -162,7 +157,8 @@ def _check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
     for path, module, _, _ in places(model):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         holders.setdefault(id(base), {}).setdefault(id(module), path)
-        if isinstance(module, BaseTunerLayer) and not set(names).isdisjoint(module.available_adapters):
+        folds = isinstance(module, BaseTunerLayer) and not module.replaces
+        if folds and not set(names).isdisjoint(module.available_adapters):  # type: ignore[arg-type]
             targets.append((id(base), id(module)))
     for base_id, layer_id in targets:
         others = [path for holder, path in holders[base_id].items() if holder != layer_id]

@@ -150,7 +150,7 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """Attach a new adapter to a model.
+    """Attach a new adapter to a model; what is returned is of the class for the config's `task_type`.
 
     Args:
         model: The base model. Its layers are replaced in place.
@@ -169,4 +169,4 @@ def get_peft_model(
     config = check_config(peft_config).copy()
     config.base_model_name_or_path = name_or_path(model) or config.base_model_name_or_path
     config.revision = revision if revision is not None else config.revision
-    return PeftModel(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    return PeftModel.for_task(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

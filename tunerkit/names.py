@@ -19,7 +19,7 @@ from torch import nn
 from tunerkit.errors import PluginError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from typing_extensions import Self
 
@@ -144,11 +144,18 @@ RESERVED_NAMES = frozenset(dir(nn.ModuleDict())) | frozenset(dir(EntryModule({},
 
 
 class PerAdapter(MutableMapping[str, Any]):
-    """A plain attribute of all adapters of a layer, by adapter: `layer.scaling["default"]`; setting passes through."""
+    """A plain attribute of all adapters of a layer, by adapter: `layer.scaling["default"]`; setting passes through.
 
-    def __init__(self, adapters: dict[str, nn.Module], attribute: str) -> None:
+    Args:
+        adapters: The adapters by name.
+        attribute: The attribute's name.
+        check: Called with an adapter's name before its attribute is changed; it raises if that cannot be.
+    """
+
+    def __init__(self, adapters: dict[str, nn.Module], attribute: str, check: Callable[[str], None]) -> None:
         self._adapters = adapters
         self._attribute = attribute
+        self._check = check
 
     def __getitem__(self, name: str) -> Any:
         adapter = self._adapters[name]
@@ -157,9 +164,11 @@ class PerAdapter(MutableMapping[str, Any]):
         return getattr(adapter, self._attribute)
 
     def __setitem__(self, name: str, value: Any) -> None:
+        self._check(name)
         setattr(self._adapters[name], self._attribute, value)
 
     def __delitem__(self, name: str) -> None:
+        self._check(name)
         delattr(self._adapters[name], self._attribute)
 
     def __iter__(self) -> Iterator[str]:

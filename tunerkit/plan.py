@@ -9,29 +9,38 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from tunerkit.advice import closest_to, nothing_matched
 from tunerkit.config import PeftConfig
-from tunerkit.errors import NoMatchingPeftModuleError, PluginError, TargetError
-from tunerkit.layer import BaseTunerLayer
-from tunerkit.naming import closest, listing
+from tunerkit.errors import NoMatchingPeftModuleError, PluginError, TargetError, UnsupportedSiteError
+from tunerkit.modules_to_save import WholeModules
+from tunerkit.naming import listing
+from tunerkit.sites import make_site, site_class
 from tunerkit.targeting import (
     ALL_LINEAR,
     all_linear,
     bare,
     endings,
     is_linear,
+    is_transposed,
     keys_in_state,
     match_name,
-    modules_outside_adapters,
+    match_pattern,
+    parameter_places,
+    place_of_parameter,
     places,
     wants_all_linear,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection
 
     from torch import nn
 
-Verdict = Literal["adapted", "excluded", "not matched"]
+    from tunerkit.modules_to_save import WholeModule
+    from tunerkit.sites import Site
+    from tunerkit.targeting import Place
+
+Verdict = Literal["adapted", "excluded", "copied", "not matched"]
 
 
 class Chooser(Protocol):
@@ -71,14 +80,23 @@ class Plan:
         decisions: What was decided for each module, in the model's order.
         entries: For each entry of `target_modules` and `target_parameters`, how many modules it matched.
         exclusions: For each entry of `exclude_modules`, how many modules it matched.
+        patterns: For each setting that gives single modules values by patterns (`rank_pattern`), how many of the
+            adapted modules each of its entries fits.
+        corrections: What was corrected in the config, in words.
         targets: The modules to adapt.
+        copies: The modules of which the adapter gets copies that are trained and saved as a whole.
+        unsaved: The entries of `modules_to_save` that matched nothing.
     """
 
     config: PeftConfig
     decisions: tuple[Decision, ...]
     entries: dict[str, int]
     exclusions: dict[str, int]
+    patterns: dict[str, dict[str, int]]
+    corrections: tuple[str, ...]
     targets: tuple[Target, ...] = field(repr=False)
+    copies: tuple[WholeModule, ...] = field(repr=False)
+    unsaved: tuple[str, ...]
 
     @property
     def adapted(self) -> list[str]:
@@ -92,7 +110,15 @@ class Plan:
         wanted = [("target_parameters" if entry in parameters else "target_modules", entry) for entry in self.entries]
         left = [(where, entry) for where, entry in wanted if not self.entries[entry]]
         left += [("exclude_modules", entry) for entry, count in self.exclusions.items() if not count]
-        return [f"{entry!r} in {where} matches nothing{_hint(entry, names)}" for where, entry in left]
+        left += [("modules_to_save", entry) for entry in self.unsaved]
+        sentences = [f"{entry!r} in {where} matches nothing{closest_to(entry, names)}" for where, entry in left]
+        adapted = [_settings_name(target) for target in self.targets]
+        return sentences + [
+            f"{entry!r} in {where} fits no adapted module{closest_to(entry, adapted)}"
+            for where, counts in self.patterns.items()
+            for entry, count in counts.items()
+            if not count
+        ]
 
     def __str__(self) -> str:
         groups: Counter[tuple[str, str, str, str]] = Counter()
@@ -104,8 +130,10 @@ class Plan:
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         left = sum(item.verdict == "not matched" for item in self.decisions)
-        total = f"{len(self.adapted)} of {len(self.decisions)} modules adapted, {left} not matched"
-        return "\n".join([*lines, total, *self.unmatched()])
+        copied = sum(item.verdict == "copied" for item in self.decisions)
+        saved = f", {copied} copied" if copied else ""
+        total = f"{len(self.adapted)} of {len(self.decisions)} modules adapted{saved}, {left} not matched"
+        return "\n".join([*lines, total, *self.unmatched(), *self.corrections])
 
 
 def make_plan(
@@ -116,6 +144,7 @@ def make_plan(
     state_keys: Collection[str] | None = None,
     entries: Collection[str] = (),
     prefix: str = "",
+    kinds: Collection[str] = (),
 ) -> Plan:
     """Decide which modules of a model an adapter goes to. Neither the model nor the config is changed.
 
@@ -127,8 +156,10 @@ def make_plan(
         state_keys: The keys of a checkpoint, to go where its tensors say rather than where the config says.
         entries: The names of the entries in which the method's adapters hold their tensors.
         prefix: What those names start with, if they are not known.
+        kinds: The kinds of sites that the method adapts, if it leaves making the layers to the core.
 
     Raises:
+        UnsupportedSiteError: A layer is targeted that can only be adapted along with another.
         NoMatchingPeftModuleError: Nothing is matched.
         TargetError: The config does not say what to target, says it in two ways, or holds a broken pattern.
         ConfigError: A setting that was changed since the config was made is wrong.
@@ -137,32 +168,83 @@ def make_plan(
     config = _prepared(chooser, config, model_config)
     if wants_all_linear(config):
         config.target_modules = _all_linear(model, config)  # type: ignore[attr-defined]
-    matcher = _Matcher(config, chooser)
+    whole = WholeModules(model, config)
+    matcher = _Matcher(config, chooser, whole)
     if state_keys is not None:
         _refuse_target_parameters(config)
         matcher.only_in(keys_in_state(model, state_keys, entries, prefix))
     targets: dict[tuple[int, str | None], Target] = {}
     decisions: list[Decision] = []
     modules = ((*place, None) for place in places(model))
-    for key, module, parent, name, parameter in itertools.chain(modules, _parameters(model, config)):
-        spot = id(bare(module)), parameter
+    parameters = parameter_places(model) if getattr(config, "target_parameters", None) else ()
+    along: dict[int, str] = {}
+    for key, module, parent, name, parameter in itertools.chain(modules, parameters):
+        base = bare(module)
         verdict, reason = matcher.decide(key, parameter)
-        if spot in targets:
-            # What stands at several places gets one adapter, put at those of its places that are meant.
-            if verdict == "adapted":
-                known = targets[spot]
-                targets[spot] = dataclasses.replace(known, places=(*known.places, (parent, name)))
-            continue
+        if verdict == "not matched" and parameter is None and id(base) in along:
+            verdict, reason = "adapted", along[id(base)]
+        found = [(module, parent, name, parameter)]
+        if verdict == "adapted" and parameter is None and (kind := _site_class(base, kinds)) is not None:
+            why_not = None if id(base) in along else kind.alone(base)
+            if why_not is not None:
+                msg = f"The module {key!r} ({type(base).__name__}) cannot be adapted: {why_not}."
+                raise UnsupportedSiteError(msg)
+            along.update({id(bare(base._modules[child])): f"with {key!r}" for child in kind.along})  # type: ignore[arg-type]
+            found = [place_of_parameter(module, parent, name, own) for own in kind.parameters_of(base)] or found
         if verdict == "adapted":
-            targets[spot] = Target(key, module, ((parent, name),), parameter)
-        if parameter is None:
-            decisions.append(Decision(key, type(bare(module)).__name__, verdict, reason))
-        elif verdict == "adapted":
-            decisions.append(Decision(f"{key}.{parameter}", "Parameter", verdict, reason))
-    plan = Plan(config, tuple(decisions), dict(matcher.entries), dict(matcher.exclusions), tuple(targets.values()))
+            whole.check_free(key)
+        for target in found:
+            _note(targets, decisions, key, target, (verdict, reason))
+    plan = Plan(
+        config,
+        tuple(decisions),
+        dict(matcher.entries),
+        dict(matcher.exclusions),
+        _count_patterns(config, [_settings_name(target) for target in targets.values()]),
+        _correct_orientation(config, list(targets.values())),
+        tuple(targets.values()),
+        whole.modules,
+        tuple(whole.unmatched()),
+    )
     if not targets:
-        raise NoMatchingPeftModuleError(_nothing_matched(model, plan, state_keys is not None))
+        raise NoMatchingPeftModuleError(nothing_matched(model, plan, state_keys is not None))
     return plan
+
+
+def _site_class(module: nn.Module, kinds: Collection[str]) -> type[Site] | None:
+    """Return the class of site that a module is, if it is one that the method adapts."""
+    kind = site_class(type(module))
+    return kind if kind is not None and kind.kind in kinds else None
+
+
+def _settings_name(target: Target) -> str:
+    site = make_site(bare(target.module), target.name, target.parameter_name)
+    return target.name if site is None else site.settings_name
+
+
+def _note(
+    targets: dict[tuple[int, str | None], Target],
+    decisions: list[Decision],
+    key: str,
+    place: Place,
+    decided: tuple[Verdict, str],
+) -> None:
+    """Note what was decided for a module, or for a parameter, at one of its places."""
+    module, parent, name, parameter = place
+    spot = id(bare(module)), parameter
+    verdict, reason = decided
+    if spot in targets:
+        # What stands at several places gets one adapter, put at those of its places that are meant.
+        known = targets[spot]
+        if verdict == "adapted" and (parent, name) not in known.places:
+            targets[spot] = dataclasses.replace(known, places=(*known.places, (parent, name)))
+        return
+    if verdict == "adapted":
+        targets[spot] = Target(key, module, ((parent, name),), parameter)
+    if parameter is None:
+        decisions.append(Decision(key, type(bare(module)).__name__, verdict, reason))
+    elif verdict == "adapted":
+        decisions.append(Decision(f"{key}.{parameter}", "Parameter", verdict, reason))
 
 
 def _prepared(chooser: Chooser, config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -190,6 +272,37 @@ def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
     return found
 
 
+def _count_patterns(config: PeftConfig, paths: list[str]) -> dict[str, dict[str, int]]:
+    """Return for each setting by patterns how many paths each of its entries fits."""
+    return {
+        setting: {entry: _count_fits(setting, entry, paths) for entry in getattr(config, setting) or ()}
+        for setting in config._patterns
+    }
+
+
+def _count_fits(setting: str, entry: str, paths: list[str]) -> int:
+    try:
+        return sum(match_pattern(entry, path) for path in paths)
+    except re.error as error:
+        msg = (
+            f"{setting} holds {entry!r}, which must be a regular expression for a module's path or the end of it, and "
+            f"is a broken one: {error}. Mend it; for text that is meant as it is use re.escape."
+        )
+        raise TargetError(msg) from error
+
+
+def _correct_orientation(config: PeftConfig, targets: list[Target]) -> tuple[str, ...]:
+    """Let a config that says how linear layers store their weights say it right; of a mixture the last one counts."""
+    says = getattr(config, "fan_in_fan_out", None)
+    linear = [] if says is None else [target for target in targets if is_linear(target.module)]
+    if not linear or (is_so := is_transposed(linear[-1].module)) == says:
+        return ()
+    config.fan_in_fan_out = is_so  # type: ignore[attr-defined]
+    kind = type(bare(linear[-1].module)).__name__
+    stored = "in x out" if is_so else "out x in"
+    return (f"fan_in_fan_out={says} does not hold for the targeted {kind}, which stores its weight {stored}",)
+
+
 def _check_pattern(setting: str, wanted: str) -> None:
     try:
         re.compile(wanted)
@@ -210,9 +323,10 @@ def _refuse_target_parameters(config: PeftConfig) -> None:
 class _Matcher:
     """Asks the method about each module and counts what its entries matched."""
 
-    def __init__(self, config: PeftConfig, chooser: Chooser) -> None:
+    def __init__(self, config: PeftConfig, chooser: Chooser, whole: WholeModules) -> None:
         self.config = config
         self.chooser = chooser
+        self.whole = whole
         self.only: set[str] | None = None
         self.excluded = getattr(config, "exclude_modules", None)
         self.parameters = frozenset(getattr(config, "target_parameters", None) or ())
@@ -233,10 +347,21 @@ class _Matcher:
 
     def decide(self, key: str, parameter: str | None) -> tuple[Verdict, str]:
         """Say whether a module is adapted, or one parameter of it, and why."""
+        holder = self.whole.holder(key)
         if parameter is not None:
             key = f"{key}.{parameter}"
             named = match_name(self.parameters, key)
-            return ("adapted", self._count(self.entries, named, key)) if named else ("not matched", "")
+            reason = self._count(self.entries, named, key) if named else ""
+            if named and holder:
+                return "excluded", f"in {holder!r}, which is copied"
+            return ("adapted" if named else "not matched"), reason
+        if holder is not None:
+            meant = self.only is None and match_name(getattr(self.config, "target_modules", None), key)
+            if meant:
+                self._count(self.entries, meant, key)
+            if holder == key:
+                return "copied", "modules_to_save"
+            return ("excluded", f"in {holder!r}, which is copied") if meant else ("not matched", "")
         if self.only is not None:
             return ("adapted", "in the state dict") if key in self.only else ("not matched", "")
         found = self.chooser._check_target_module_exists(self.config, key)
@@ -261,81 +386,3 @@ class _Matcher:
         # What was found is one of the entries that mean the module; the others have not matched nothing.
         counter.update(ending for ending in endings(key) if ending in counter and ending != entry)
         return repr(entry)
-
-
-def _parameters(model: nn.Module, config: PeftConfig) -> Iterable[tuple[str, nn.Module, nn.Module, str, str]]:
-    """Go through the parameters that could be targets: path, module, its parent, its name in it, the parameter."""
-    if not getattr(config, "target_parameters", None):
-        return
-    for key, module, parent, name in places(model):
-        spot, holder, child = module, parent, name
-        base = bare(module)
-        for parameter in base._parameters:
-            # A layer that adapts this very parameter may stand below layers that adapt others of the module.
-            found, found_parent, found_name = spot, holder, child
-            layer: nn.Module = spot
-            upper, upper_name = holder, child
-            while isinstance(layer, BaseTunerLayer):
-                if getattr(layer, "parameter_name", None) == parameter:
-                    found, found_parent, found_name = layer, upper, upper_name
-                    break
-                upper, upper_name, layer = layer, "base_layer", layer.base_layer
-            yield key, found, found_parent, found_name, parameter
-
-
-def _nothing_matched(model: nn.Module, plan: Plan, from_state: bool) -> str:
-    names = [decision.name for decision in plan.decisions]
-    if from_state:
-        return (
-            f"No key of the state dict belongs to a module of the model, which has {listing(names)}. Pass the tensors "
-            "of an adapter that was made for this model."
-        )
-    wanted = list(plan.entries)
-    if not wanted:
-        return f"The config targets nothing: set target_modules to names of modules, a pattern, or {ALL_LINEAR!r}."
-    where = "target_modules" if getattr(plan.config, "target_modules", None) else "target_parameters"
-    target = f"{where}={_shown(getattr(plan.config, where))}"
-    if any(plan.entries.values()):
-        return (
-            f"{target} matches {sum(plan.entries.values())} modules, and all of them are excluded by "
-            f"exclude_modules={_shown(getattr(plan.config, 'exclude_modules', None))}. Exclude fewer, or target others."
-        )
-    return f"{target} matches nothing in the model. {_advice(model, plan, wanted, names)}"
-
-
-def _advice(model: nn.Module, plan: Plan, wanted: list[str], names: list[str]) -> str:
-    text = isinstance(getattr(plan.config, "target_modules", None), str)
-    if any(re.sub(r"[\W_]", "", entry.lower()) == ALL_LINEAR.replace("-", "") for entry in wanted):
-        return f"Did you mean {ALL_LINEAR!r}?" if text else f"For all linear layers pass the text, {ALL_LINEAR!r}."
-    if text and any(match_name(wanted, name) for name in names):
-        return (
-            f"{wanted[0]!r} is text, so it is a pattern for whole paths. For modules of that name pass a list: "
-            f"target_modules={wanted}."
-        )
-    near = [name for entry in wanted for name in _near(entry, names)]
-    linear = dict.fromkeys(
-        key.rpartition(".")[2] for key, module in modules_outside_adapters(model) if is_linear(module)
-    )
-    hint = f"The model has {listing(names)}."
-    if near:
-        hint = f"Closest names: {listing(dict.fromkeys(near))}."
-    elif linear:
-        hint = f"The names of its linear layers end in {listing(linear)}."
-    return (
-        f"{hint} An entry is a whole path or its end after a dot; text that is not in a list is a pattern for the "
-        f"whole path; {ALL_LINEAR!r} means all linear layers."
-    )
-
-
-def _shown(entries: Collection[str] | str | None) -> str:
-    return repr(entries) if isinstance(entries, str) else f"[{listing(sorted(entries or ()))}]"
-
-
-def _hint(entry: str, names: list[str]) -> str:
-    near = _near(entry, names)
-    return f"; closest: {listing(near)}" if near else ""
-
-
-def _near(entry: str, names: list[str]) -> list[str]:
-    depth = entry.count(".") + 1
-    return closest(entry, [*(".".join(name.split(".")[-depth:]) for name in names), *names])

@@ -183,7 +183,7 @@ class RoutedModel(AdaptedModel):
             )
             raise RouteError(msg)
         for layer in layers:
-            if isinstance(layer, AdaptedLayer):
+            if layer.follows_routes:
                 layer.__dict__["_owner"] = self.owner  # a layer that was copied by itself brought an owner of its own
                 continue
             here = layer.available_adapters

@@ -6,14 +6,58 @@ from typing import TYPE_CHECKING, Any
 
 from tunerkit.adapter import Adapter
 from tunerkit.alike import OfRows, Once
+from tunerkit.layer import split_input, tuner_layers
+from tunerkit.route import narrowed
+from tunerkit.rows import only_input, split_rows
+from tunerkit.sites import Bound
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tunerkit.rows import Groups
-    from tunerkit.sites import Below
+    from tunerkit.route import Owner
+    from tunerkit.rows import Groups, Rows
+    from tunerkit.sites import Below, Site
+
+
+def run_layer(
+    site: Site,
+    adapters: Mapping[str, Adapter],
+    rows: Rows,
+    owner: Owner,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Return a layer's output with an adapter, or none, for each row of its input.
+
+    Args:
+        site: The layer; nothing is merged into it.
+        adapters: Its adapters by name; rows of others are rows of the base model here.
+        rows: The adapter of each row.
+        owner: Stands for the model in routes.
+        args: The arguments of the call.
+        kwargs: The same, by name.
+
+    Raises:
+        RouteError: It cannot be known what belongs to which row.
+    """
+    if not any(name in adapters for name in rows.names) or not (args or kwargs):
+        return site.module(*args, **kwargs)
+    x, args, kwargs = split_input(site.owner, args, kwargs)
+    only_input(site.name, args, kwargs)
+    groups = rows.groups(x, site.name)
+    below = Bound(site, site, args, kwargs)
+    if next(tuner_layers(site.module), None) is None:
+        return run_rows([adapters.get(name) for name in groups.names], x, below, groups)
+
+    def run(name: str, part: Tensor) -> Any:
+        adapter = adapters.get(name)
+        # The layers that the base layer is or holds are to take the rows of one adapter for the whole batch.
+        with narrowed(owner, (name,)):
+            return below(part) if adapter is None else adapter.forward(part, below)
+
+    return split_rows(x, groups, run)
 
 
 def run_rows(adapters: Sequence[Adapter | None], x: Tensor, below: Below, groups: Groups) -> Any:

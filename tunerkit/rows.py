@@ -14,7 +14,7 @@ from torch import Tensor
 from tunerkit.errors import RouteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
 
 BASE = "__base__"
 """Stands for the base model where each row has the name of its adapter (PEFT's word)."""
@@ -180,6 +180,33 @@ class Rows:
             f"Each row of the batch has an adapter of its own, {len(self.by_row)} in all, and the layer {layer!r} got "
             f"{shape}, where the first dimension must be the rows: {counts}. If the model changes the batch on the "
             "way, call it once for each adapter, within use_adapter(name)."
+        )
+        raise RouteError(msg)
+
+    def none_of(self, adapters: Container[str], layer: str) -> tuple[str, ...]:
+        """Return that no adapter takes part where a layer's parameters are read, which is so for all rows alike.
+
+        Raises:
+            RouteError: One of these adapters, which the layer has, is some row's.
+        """
+        here = next((name for name in self.names if name in adapters), None)
+        if here is not None:
+            msg = (
+                f"Each row of the batch has an adapter of its own, and the parameters of the layer {layer!r} are read "
+                f"for the whole batch, with {here!r} among the adapters. Call the model once for each adapter, within "
+                "use_adapter(name)."
+            )
+            raise RouteError(msg)
+        return ()
+
+
+def only_input(layer: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise `RouteError` if a layer takes tensors beside its input, of which it is not known whose rows they hold."""
+    if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+        msg = (
+            f"Each row of the batch has an adapter of its own, and the layer {layer!r} takes other tensors beside its "
+            "input, of which it is not known what belongs to which row. Call the model once for each adapter, within "
+            "use_adapter(name)."
         )
         raise RouteError(msg)
 

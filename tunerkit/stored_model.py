@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -18,7 +18,6 @@ from tunerkit.names import RESERVED_NAMES
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
 from tunerkit.saved import SavedAdapter, config_to_save, metadata, refuse_offload
-from tunerkit.task_models import refuse_new_head
 from tunerkit.tuner import BaseTuner
 
 if TYPE_CHECKING:
@@ -32,9 +31,29 @@ if TYPE_CHECKING:
 
 
 class StoredModel(nn.Module):
-    """A base model with adapters that come from a config or from files, and go into files; `PeftModel` is one."""
+    """A base model with adapters that come from a config or from files, and go into files; `PeftModel` is one.
+
+    A subclass for a task is declared with `class PeftModelForX(PeftModel, task="X")`, and its task then calls for it.
+
+    Attributes:
+        heads: The modules that every adapter of such a model trains and saves as a whole, beside its config's own.
+        tasks: The subclasses by the task that they are for.
+    """
 
     base_model: BaseTuner
+    heads: ClassVar[tuple[str, ...]] = ()
+    tasks: ClassVar[dict[str, type[StoredModel]]] = {}
+
+    def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:
+        """Note for which task the class is."""
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            cls.tasks[str(task)] = cls
+
+    @classmethod
+    def for_task(cls, config: PeftConfig) -> type[Self]:
+        """Return the class for the task of a config; it is this one if the config has none."""
+        return cls.tasks.get(str(config.task_type), cls)  # type: ignore[return-value]
 
     def __init__(
         self,
@@ -53,7 +72,7 @@ class StoredModel(nn.Module):
             )
             raise AdapterNameError(msg)
         refusals.refuse_adapted(model)
-        refuse_new_head(model, check_config(peft_config))
+        peft_config = self._with_heads(check_config(peft_config))
         kind = get_method(str(peft_config.peft_type)).method.tuner or BaseTuner
         with Journal():
             tuner = kind(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -65,6 +84,20 @@ class StoredModel(nn.Module):
     def peft_config(self) -> dict[str, PeftConfig]:
         """The completed configs by adapter name."""
         return self.base_model.peft_config
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names of the modules that adapters train and save as a whole; None if there are none."""
+        configs = self.peft_config.values()
+        return {name for config in configs for name in getattr(config, "modules_to_save", None) or ()} or None
+
+    def _with_heads(self, config: PeftConfig) -> PeftConfig:
+        """Return a config that trains and saves the task's heads too, if its method can."""
+        if not self.heads or not hasattr(config, "modules_to_save"):
+            return config
+        completed: Any = config.copy()
+        completed.modules_to_save = list(dict.fromkeys([*(completed.modules_to_save or ()), *self.heads]))
+        return completed  # type: ignore[no-any-return]
 
     def get_base_model(self) -> nn.Module:
         """Return the base model, whose layers may be adapted."""
@@ -98,7 +131,7 @@ class StoredModel(nn.Module):
             raise AdapterNameError(msg)
         with Journal() as journal:
             journal.note_module(tuner)
-            tuner.peft_config[adapter_name] = check_config(peft_config)
+            tuner.peft_config[adapter_name] = self._with_heads(check_config(peft_config))
             tuner.inject_adapter(
                 tuner.model,
                 adapter_name,
@@ -167,7 +200,7 @@ class StoredModel(nn.Module):
         torch_device: str | torch.device | None = None,
         strict: bool = True,
     ) -> Self:
-        """Attach an adapter that was saved.
+        """Attach an adapter that was saved, to a model of the class for its task.
 
         Args:
             model: The base model.
@@ -198,7 +231,8 @@ class StoredModel(nn.Module):
         with Journal() as journal:
             # What is not strict may leave tensors with the values they start with, so these must be real.
             meta = strict or low_cpu_mem_usage
-            loaded = cls(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=meta)
+            kind = cls.for_task(saved.config)
+            loaded = kind(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=meta)
             saved.put_into(loaded, adapter_name, strict=strict)
             if not is_trainable:
                 loaded._evaluate(journal)

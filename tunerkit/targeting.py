@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tunerkit.config import TaskType
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.sites import site_class
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import nn
 
     from tunerkit.config import PeftConfig
 
+Place: TypeAlias = "tuple[nn.Module, nn.Module, str, str | None]"
+"""What stands at a place, its parent, its name in it, and the one parameter that is meant, if it is one."""
+
+Value = TypeVar("Value")
+
 ALL_LINEAR = "all-linear"
+HEADS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""The names of the new heads that transformers' models have for a task."""
+
 _WRAPPED = "base_model.model."
 
 
@@ -39,6 +52,28 @@ def endings(path: str) -> Iterator[str]:
         _, dot, path = path.partition(".")
 
 
+def match_pattern(pattern: str, path: str) -> bool:
+    """Return whether a regex fits a module's path, or the end of it after a dot; `^` stands for the path's start."""
+    return _pattern(pattern).match(path) is not None
+
+
+@functools.cache
+def _pattern(pattern: str) -> re.Pattern[str]:
+    # Of these a config may have one for each layer, more than the cache of `re` holds.
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def pattern_value(patterns: Mapping[str, Value] | None, path: str, default: Value) -> Value:
+    """Return the value of the first pattern that fits a module's path (see `match_pattern`), or else the default."""
+    return next((value for entry, value in (patterns or {}).items() if match_pattern(entry, path)), default)
+
+
+def paths_above(path: str) -> Iterator[str]:
+    """Go through the paths of the modules in which a module stands, from the outermost to its own."""
+    parts = path.split(".")
+    return (".".join(parts[: index + 1]) for index in range(len(parts)))
+
+
 def match_target(config: PeftConfig, key: str) -> str | re.Match[str] | None:
     """Return what of a config's targets matches a module's path, or None if nothing does or it is excluded."""
     if match_name(getattr(config, "exclude_modules", None), key):
@@ -55,14 +90,27 @@ def wants_all_linear(config: PeftConfig) -> bool:
 def all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
     """Return the paths of all linear layers that can be adapted, but for the model's output layer."""
     heads = _output_layers(model, config)
-    return {key for key, module in modules_outside_adapters(model) if is_linear(module) and bare(module) not in heads}
+    modules = dict(modules_outside_adapters(model))
+    # Of what other adapters train as a whole only their copies are run.
+    taken = {key for key, module in modules.items() if isinstance(module, BaseTunerLayer) and not module.targeted}
+    return {
+        key
+        for key, module in modules.items()
+        if is_linear(module) and bare(module) not in heads and taken.isdisjoint(paths_above(key))
+    }
 
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether a module is a linear layer that can be adapted, below adapters or not."""
     base = bare(module)
     kind = site_class(type(base))
-    return kind is not None and kind.kind == "linear" and kind.takes(base) is None
+    return kind is not None and kind.kind == "linear" and kind.takes(base) is None and kind.alone(base) is None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a layer, below adapters or not, stores its weight in x out."""
+    kind = site_class(type(bare(module)))
+    return kind is not None and kind.transposed
 
 
 def _output_layers(model: nn.Module, config: PeftConfig) -> list[Any]:
@@ -72,7 +120,7 @@ def _output_layers(model: nn.Module, config: PeftConfig) -> list[Any]:
         return [bare(output)]
     if config.task_type == TaskType.SEQ_CLS:
         # Transformers' classifiers call their new head one of these, and it is trained whole.
-        return [model._modules[name] for name in ("score", "classifier") if name in model._modules]
+        return [model._modules[name] for name in HEADS["SEQ_CLS"] if name in model._modules]
     return []
 
 
@@ -103,6 +151,26 @@ def places(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
                 yield from places(base, key)
         elif child._modules:
             yield from places(child, key)
+
+
+def parameter_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str, str | None]]:
+    """Go through the parameters of the modules below: path of the module, and what `place_of_parameter` returns."""
+    for key, module, parent, name in places(model):
+        for parameter in bare(module)._parameters:
+            yield key, *place_of_parameter(module, parent, name, parameter)
+
+
+def place_of_parameter(module: nn.Module, parent: nn.Module, name: str, parameter: str) -> Place:
+    """Return where a parameter of what stands at a place is adapted, or is to be.
+
+    A layer that adapts this very parameter may stand below layers that adapt others of the module.
+    """
+    layer, upper, upper_name = module, parent, name
+    while isinstance(layer, BaseTunerLayer):
+        if getattr(layer, "parameter_name", None) == parameter:
+            return layer, upper, upper_name, parameter
+        upper, upper_name, layer = layer, layer.base_name, getattr(layer, layer.base_name)
+    return module, parent, name, parameter
 
 
 def keys_in_state(model: nn.Module, state_dict: Collection[str], entries: Collection[str], prefix: str) -> set[str]:

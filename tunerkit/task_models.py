@@ -1,28 +1,60 @@
-"""What a task asks of a model beside its adapters."""
+"""`PeftModelForCausalLM` and the other classes that PEFT has for tasks.
+
+Which one a model becomes follows from its first adapter's `task_type`. A class may name the heads that models have for
+its task; every adapter then has copies of these, which train and are saved with it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
-from tunerkit.errors import ConfigError
-from tunerkit.naming import listing
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from tunerkit.config import PeftConfig
-
-_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""The names of the heads that transformers' models have for a task."""
+from tunerkit.config import TaskType
+from tunerkit.model import PeftModel
+from tunerkit.targeting import HEADS
 
 
-def refuse_new_head(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse tasks whose freshly made head would have to be trained and saved whole, rather than leave it frozen."""
-    heads = [name for name in _HEADS.get(str(config.task_type), ()) if name in model._modules]
-    if heads:
-        msg = (
-            f"task_type={str(config.task_type)!r} trains and saves the head {listing(heads)} beside the adapter, which "
-            "this version does not. Leave task_type out and train the head yourself: set requires_grad on its "
-            "parameters after attaching, and save them with torch.save."
-        )
-        raise ConfigError(msg)
+class PeftModelForSequenceClassification(PeftModel, task=TaskType.SEQ_CLS):
+    """A model that sorts whole texts; every adapter has its own head, `classifier` or `score`."""
+
+    heads: ClassVar[tuple[str, ...]] = HEADS["SEQ_CLS"]
+
+
+class PeftModelForTokenClassification(PeftModel, task=TaskType.TOKEN_CLS):
+    """A model that sorts the tokens of a text; every adapter has its own head, `classifier` or `score`."""
+
+    heads: ClassVar[tuple[str, ...]] = HEADS["TOKEN_CLS"]
+
+
+class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS):
+    """A model that finds answers in a text; every adapter has its own head, `qa_outputs`."""
+
+    heads: ClassVar[tuple[str, ...]] = HEADS["QUESTION_ANS"]
+
+
+class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION):
+    """A model whose hidden states are what is wanted."""
+
+
+class _Generating(PeftModel):
+    """A model that writes text."""
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's settings for `generate`; to set them sets the base model's."""
+        return self.get_base_model().generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.get_base_model().generation_config = value
+
+
+class PeftModelForCausalLM(_Generating, task=TaskType.CAUSAL_LM):
+    """A model that continues a text."""
+
+
+class PeftModelForSeq2SeqLM(_Generating, task=TaskType.SEQ_2_SEQ_LM):
+    """A model that turns one text into another."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = PeftModel.tasks
+"""The classes by task, as in PEFT."""

@@ -6,20 +6,22 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunerkit import merge
-from tunerkit.attach import attach, cast_up, make_part
+from tunerkit.attach import attach, make_part
 from tunerkit.config import PeftConfig, check_config
 from tunerkit.errors import (
     AdapterNameError,
     AdapterStateError,
     AdapterWarning,
     ConfigError,
+    ConfigWarning,
     TargetWarning,
     UnknownAdapterError,
     UnknownMethodError,
 )
 from tunerkit.hook_calls import HookCalls, declared_method, overrides_hooks
 from tunerkit.journal import Journal
-from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.layer import BaseTunerLayer, cast_up, tuner_layers
+from tunerkit.modules_to_save import put_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
 from tunerkit.plan import Plan, make_plan
@@ -128,8 +130,9 @@ class BaseTuner(HookCalls, RoutedModel):
         """Decide which modules an adapter with this config would go to; nothing is changed."""
         face = self._face_for(config)
         declared = _declared(face, config)
-        entries = declared.entries if declared is not None else ()
-        return make_plan(self.model, config, face, self.get_model_config(self.model), state_dict, entries, face.prefix)
+        entries, kinds = (declared.entries, declared.kinds) if declared is not None else ((), frozenset())
+        model_config = self.get_model_config(self.model)
+        return make_plan(self.model, config, face, model_config, state_dict, entries, face.prefix, kinds)
 
     def inject_adapter(
         self,
@@ -184,6 +187,7 @@ class BaseTuner(HookCalls, RoutedModel):
                 via_hook=not overrides_hooks(type(face)),
                 meta=low_cpu_mem_usage,
             )
+            layers += put_copies(plan.copies, adapter_name, self.owner, journal)
             self.peft_config[adapter_name] = plan.config
             model.__dict__["peft_config"] = self.peft_config
             self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -191,6 +195,8 @@ class BaseTuner(HookCalls, RoutedModel):
             # A warning may be made an error, and then the adapter is not put in.
             for sentence in plan.unmatched():
                 warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=2)
+            for sentence in plan.corrections:
+                warnings.warn(ConfigWarning(f"{sentence}; it was corrected in the completed config."), stacklevel=2)
 
     def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool) -> Part | None:
         declared = _declared(face, plan.config)
@@ -205,7 +211,7 @@ class BaseTuner(HookCalls, RoutedModel):
         """Make an adapter's tensors float32 where they are of lower precision, those of its part too."""
         if autocast_adapter_dtype:
             for layer in self.layers():
-                cast_up(layer.adapter_tensors(adapter_name).values())
+                layer.cast_up(adapter_name)
             if adapter_name in self.parts:
                 cast_up(self.parts[adapter_name].state_dict(keep_vars=True).values())
 

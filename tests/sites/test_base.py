@@ -13,6 +13,7 @@ from tunerkit.sites import (
     LinearSite,
     ParameterSite,
     Site,
+    in_words,
     make_on_meta,
     make_site,
     site_class,
@@ -170,6 +171,32 @@ class TestSite:
         made = Site(nn.Linear(5, 4, bias=False, dtype=torch.float64)).to_stored(torch.ones(4, 5), torch.ones(4))
         assert made["bias"].dtype is torch.float64
 
+    def test_inputs(self):
+        site = LinearSite(nn.Linear(5, 4))
+        assert site.channels == 5
+        scale = torch.randn(5)
+        x = torch.randn(3, 5)
+        found = site.run(x, site.weight * site.scale_inputs(scale), site.bias)
+        assert torch.allclose(found, site(x * scale), atol=1e-6)
+
+    def test_shape_in_which_it_is_stored(self):
+        assert Site(nn.Conv2d(3, 4, 2)).as_stored(torch.ones(4, 12, dtype=torch.float64)).shape == (4, 3, 2, 2)
+        assert Site(nn.Conv2d(3, 4, 2)).as_stored(torch.ones(4, 12, dtype=torch.float64)).dtype is torch.float64
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        ({"linear"}, "linear layers"),
+        ({"linear", "embedding"}, "linear layers and embeddings"),
+        ({"conv1d", "conv3d", "linear", "attention"}, "linear layers, attention layers and convolutions (1d, 3d)"),
+        ({"conv2d"}, "convolutions (2d)"),
+        ({"parameter", "norm", "convex"}, "bare parameters, 'convex' and 'norm'"),
+    ],
+)
+def test_kinds_in_words(kinds, words):
+    assert in_words(kinds) == words
+
 
 class TestNewTensors:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -190,6 +217,8 @@ class TestNewTensors:
         assert torch.equal(site.zeros(2, 3), torch.zeros(2, 3))
         assert torch.equal(site.ones(2, 3), torch.ones(2, 3))
         assert 1.9 < site.normal(100, 100, std=2.0).std() < 2.1
+        assert 2.9 < site.uniform(100, 100, bound=3).abs().max() <= 3
+        assert -0.1 < site.uniform(100, 100, bound=3).mean() < 0.1
         uniform = site.kaiming_uniform(50, 100)
         assert 0.09 < uniform.abs().max() <= 0.1
         assert 0.1 / 3**0.5 * 0.95 < uniform.std() < 0.1 / 3**0.5 * 1.05

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
-from tunerkit.sites import EmbeddingSite, LinearSite, make_site
+from tunerkit import sites
+from tunerkit.sites import EmbeddingSite, LinearSite, TransposedLinearSite, make_site
 
 
 class Own(nn.Linear):
@@ -78,10 +79,6 @@ class TestTakes:
             assert LinearSite.takes(layer) is None
         assert EmbeddingSite.takes(nn.Embedding(7, 5)) is None
 
-    def test_attention(self):
-        attention = nn.MultiheadAttention(8, 2)
-        assert "MultiheadAttention reads its weight and never calls it" in LinearSite.takes(attention.out_proj)
-
     @pytest.mark.parametrize(("layer", "site"), [(nn.Linear(5, 4), LinearSite), (nn.Embedding(7, 5), EmbeddingSite)])
     def test_integers(self, layer, site):
         layer._parameters["weight"] = nn.Parameter(torch.ones(4, 5, dtype=torch.int8), requires_grad=False)
@@ -105,3 +102,63 @@ class TestTakes:
         change(layer)
         site = make_site(layer)
         assert "its weight is not a parameter of its own" in site.takes(layer)
+
+
+NO_TRANSFORMERS = "the layer is one of transformers"
+
+
+def conv1d(*args):
+    return pytest.importorskip("transformers.pytorch_utils", reason=NO_TRANSFORMERS).Conv1D(*args)
+
+
+class TestTransposed:
+    def test_shows_its_weight_like_any_other(self):
+        layer = conv1d(4, 5)
+        site = make_site(layer)
+        assert type(site) is TransposedLinearSite
+        assert (site.kind, site.transposed, site.in_features, site.out_features) == ("linear", True, 5, 4)
+        assert torch.equal(site.weight, layer.weight.T)
+        weight = torch.randn(4, 5)
+        stored = site.to_stored(weight, None)
+        assert torch.equal(stored["weight"], weight.T)
+        assert stored["weight"].is_contiguous()
+        assert torch.equal(site.as_stored(site.weight), layer.weight)
+
+    def test_subclasses_too(self):
+        class Own(type(conv1d(1, 1))):
+            def forward(self, x):
+                return super().forward(x).sigmoid()
+
+        layer, x, weight = Own(4, 5), torch.randn(3, 5), torch.randn(4, 5)
+        site = make_site(layer)
+        assert type(site) is TransposedLinearSite
+        assert torch.allclose(site.run(x, weight, layer.bias), F.linear(x, weight, layer.bias).sigmoid())
+
+    @pytest.mark.parametrize("hooked", [False, True])
+    def test_runs_with_other_parameters(self, hooked):
+        layer, x = conv1d(4, 5), torch.randn(2, 3, 5)
+        seen = []
+        if hooked:
+            layer.register_forward_hook(lambda *_: seen.append(1))
+        before = layer.weight.detach().clone()
+        weight, bias = torch.randn(4, 5, requires_grad=True), torch.randn(4)
+        y = make_site(layer).run(x, weight, bias)
+        assert torch.allclose(y, F.linear(x, weight, bias), atol=1e-6)
+        assert torch.equal(y, F.linear(x, weight, bias)) or hooked
+        assert len(seen) == hooked
+        assert torch.autograd.grad(y.sum(), weight)[0].abs().max() > 1e-3
+        assert torch.equal(layer.weight, before)
+        assert torch.allclose(make_site(layer).run(x, layer.weight.T, layer.bias), layer(x), atol=1e-6)
+
+    def test_precision_of_the_layer(self):
+        layer = conv1d(4, 5).bfloat16()
+        y = make_site(layer).run(torch.randn(3, 5).bfloat16(), torch.randn(4, 5), torch.randn(4))
+        assert y.dtype is torch.bfloat16
+
+    def test_is_known_without_the_library(self):
+        made = type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils", "__qualname__": "Conv1D"})
+        assert sites.site_class(made) is TransposedLinearSite
+
+
+def test_a_weight_without_a_shape():
+    assert "has no shape before the layer is first run" in LinearSite.takes(nn.LazyLinear(3))

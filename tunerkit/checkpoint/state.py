@@ -17,7 +17,7 @@ from tunerkit.adapter import Adapter
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.errors import CheckpointError
 from tunerkit.journal import Journal
-from tunerkit.layer import tuner_layers
+from tunerkit.layer import BaseTunerLayer, entry_name, tuner_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -50,9 +50,9 @@ class Piece:
         return f"{self.path}.{local}" if self.path else local
 
     def named(self, local: str) -> str:
-        """Return a tensor's name below the holder: the adapter's name stands after the entry."""
-        entry, dot, rest = local.partition(".")
-        return f"{entry}.{self.name}{dot}{rest}"
+        """Return a tensor's name below the holder."""
+        naming = self.holder.tensor_name if isinstance(self.holder, BaseTunerLayer) else entry_name
+        return naming(local, self.name)
 
     def in_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors of this piece in the form of a checkpoint."""
@@ -69,17 +69,26 @@ def pieces(model: nn.Module, name: str, prefix: str, parts: Mapping[str, Part], 
         parts: The model-wide parts by adapter name.
         tuner: Where those parts are visible in the module tree.
     """
-    found = []
-    for path, layer in tuner_layers(model):
-        tensors = layer.adapter_tensors(name)
-        if tensors:
-            adapter = layer.adapters.get(name) if isinstance(layer, AdaptedLayer) else None
-            own = adapter if adapter is not None and type(adapter).to_checkpoint is not Adapter.to_checkpoint else None
-            clean = f"{prefix}{path}.".replace("_orig_mod.", "").removesuffix(".")
-            found.append(Piece(clean, layer, name, tensors, own))  # type: ignore[arg-type]
+    layers = ((path, layer) for path, layer in tuner_layers(model) if layer.adapter_tensors(name))
+    found = [piece_of(path, layer, name, prefix) for path, layer in layers]
     if name in parts and tuner is not None:
         found.append(Piece(prefix.partition(".")[0], tuner, name, parts[name].state_dict(keep_vars=True)))
     return found
+
+
+def piece_of(path: str, layer: BaseTunerLayer, name: str, prefix: str) -> Piece:
+    """Return what one layer holds of an adapter.
+
+    Args:
+        path: Where the layer is in the base model.
+        layer: The layer.
+        name: The adapter's name.
+        prefix: What stands before the layers' paths in keys.
+    """
+    adapter = layer.adapters.get(name) if isinstance(layer, AdaptedLayer) else None
+    own = adapter if adapter is not None and type(adapter).to_checkpoint is not Adapter.to_checkpoint else None
+    clean = f"{prefix}{path}.".replace("_orig_mod.", "").removesuffix(".")
+    return Piece(clean, layer, name, layer.adapter_tensors(name), own)  # type: ignore[arg-type]
 
 
 def collect(

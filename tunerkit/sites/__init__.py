@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
+from tunerkit.sites.attention import SHOWN, AttentionSite, OutputProjectionSite
 from tunerkit.sites.base import Below, Bound, Site, make_on_meta, twin
+from tunerkit.sites.convolution import Convolution1dSite, Convolution2dSite, Convolution3dSite, ConvolutionSite
 from tunerkit.sites.embedding import EmbeddingSite
-from tunerkit.sites.linear import LinearSite
+from tunerkit.sites.linear import CONV1D, LinearSite, TransposedLinearSite
 from tunerkit.sites.parameter import ParameterSite
 
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
 __all__ = [
+    "SHOWN",
+    "AttentionSite",
     "Below",
     "Bound",
+    "Convolution1dSite",
+    "Convolution2dSite",
+    "Convolution3dSite",
+    "ConvolutionSite",
     "EmbeddingSite",
     "LinearSite",
+    "OutputProjectionSite",
     "ParameterSite",
     "Site",
+    "TransposedLinearSite",
+    "in_words",
     "make_on_meta",
     "make_site",
     "register_site",
@@ -23,9 +39,34 @@ __all__ = [
     "twin",
 ]
 
-_SITES: dict[type[nn.Module] | str, type[Site]] = {nn.Linear: LinearSite, nn.Embedding: EmbeddingSite}
+_SITES: dict[type[nn.Module] | str, type[Site]] = {
+    nn.Linear: LinearSite,
+    CONV1D: TransposedLinearSite,
+    nn.Embedding: EmbeddingSite,
+    nn.Conv1d: Convolution1dSite,
+    nn.Conv2d: Convolution2dSite,
+    nn.Conv3d: Convolution3dSite,
+    nn.MultiheadAttention: AttentionSite,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: OutputProjectionSite,
+}
 _FOUND: dict[type[nn.Module], type[Site] | None] = {}
 """What was found for types of layers so far: a plan asks for each module."""
+
+_WORDS = {
+    "linear": "linear layers",
+    "embedding": "embeddings",
+    "attention": "attention layers",
+    "parameter": "bare parameters",
+}
+
+
+def in_words(kinds: Collection[str]) -> str:
+    """Return kinds of sites as text for a message."""
+    dimensions = [f"{number}d" for number in (1, 2, 3) if f"conv{number}d" in kinds]
+    words = [phrase for kind, phrase in _WORDS.items() if kind in kinds]
+    words += [f"convolutions ({', '.join(dimensions)})"] if dimensions else []
+    words += [repr(kind) for kind in sorted(kinds) if kind not in {*_WORDS, "conv1d", "conv2d", "conv3d"}]
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def register_site(layer: type[nn.Module] | str, site: type[Site]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -79,9 +80,11 @@ def twin(module: Module, **parameters: Tensor | None) -> Module:
 
 def unfit_weight(module: nn.Module) -> str | None:
     """Return why a layer's weight cannot be adapted, or None."""
-    weight = module._parameters.get("weight")
+    weight: Any = module._parameters.get("weight")
     if weight is None:
         return "its weight is not a parameter of its own (it is parametrized, or computed by a hook); remove that first"
+    if is_lazy(weight):
+        return "its weight has no shape before the layer is first run; run the model once first"
     if not weight.is_floating_point():
         return f"its weight is stored as {weight.dtype}, for which no installed package teaches a site"
     return None
@@ -92,11 +95,15 @@ class Site:
 
     Attributes:
         kind: The kind of layer, by which a method says what it adapts.
+        along: The names of children that are adapted along with the module.
+        transposed: Whether the layer stores its weight in x out.
         module: The layer itself.
         name: Its path in the model.
     """
 
     kind: ClassVar[str] = "module"
+    along: ClassVar[tuple[str, ...]] = ()
+    transposed: ClassVar[bool] = False
     __slots__ = ("module", "name")
 
     def __init__(self, module: nn.Module, name: str = "") -> None:
@@ -122,6 +129,23 @@ class Site:
         del module
         return None
 
+    @classmethod
+    def alone(cls, module: nn.Module) -> str | None:
+        """Return why the layer can be adapted only along with another, which names it in `along`, or None."""
+        del module
+        return None
+
+    @classmethod
+    def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:
+        """Return the names of parameters that are adapted one by one where the module is a target; none: as a whole."""
+        del module
+        return ()
+
+    @property
+    def settings_name(self) -> str:
+        """The path by which a config's settings for single layers mean this one."""
+        return self.name
+
     @property
     def owner(self) -> nn.Module:
         """The module that holds the parameters."""
@@ -136,6 +160,14 @@ class Site:
     def bias_name(self) -> str:
         """The name of the parameter that is the bias, where the layer has one."""
         return "bias"
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The names of parameters that code around the layer reads, rather than calling it or besides.
+
+        The layer with adapters answers with what has them folded in.
+        """
+        return ()
 
     @property
     def stored(self) -> Tensor:
@@ -168,6 +200,22 @@ class Site:
         return self.weight.shape[-2]
 
     @property
+    def channels(self) -> int:
+        """How many numbers the input holds at each place of it."""
+        return self.in_features
+
+    def scale_inputs(self, scale: Tensor) -> Tensor:
+        """Return a number for each channel of the input as the matrix with which it multiplies the weight.
+
+        Args:
+            scale: As many numbers as `channels`.
+
+        Returns:
+            A matrix that can be broadcast to the shape of `weight`.
+        """
+        return scale.reshape(1, -1)
+
+    @property
     def device(self) -> torch.device:
         """The device of the weight."""
         return self.stored.device
@@ -177,13 +225,21 @@ class Site:
         """The dtype of the weight, in which new tensors are made."""
         return self.stored.dtype
 
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """Return a weight, or something that is added to one, in the shape in which the layer stores its own."""
+        return weight.reshape(self.stored.shape)
+
     def to_stored(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
         """Return parameters in the form and dtype in which the layer stores them, by name."""
         stored = self.stored
-        tensors: dict[str, Tensor | None] = {self.weight_name: weight.reshape(stored.shape).to(stored.dtype)}
+        tensors: dict[str, Tensor | None] = {self.weight_name: self.as_stored(weight).to(stored.dtype)}
         if bias is not None or self.bias is not None:
             tensors[self.bias_name] = None if bias is None else bias.to(stored.dtype)
         return tensors
+
+    def fitted(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        """Return parameters, by name, that can stand in for the layer's own during a call."""
+        return self.to_stored(weight, bias)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer on `x` with these parameters in place of its own.
@@ -195,7 +251,7 @@ class Site:
             args: What else the layer's `forward` takes.
             kwargs: The same, by name.
         """
-        return self.with_parameters(self.to_stored(weight, bias)).module(x, *args, **kwargs)  # type: ignore[no-any-return]
+        return self.with_parameters(self.fitted(weight, bias)).module(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def with_parameters(self, tensors: Mapping[str, Tensor | None]) -> Site:
         """Return this site with other parameters, for one call; the layer itself is not touched."""
@@ -218,10 +274,13 @@ class Site:
         """Return a new tensor of normally distributed numbers for an adapter at this site."""
         return self._filled(shape, lambda tensor: tensor.normal_(std=std))
 
+    def uniform(self, *shape: int, bound: float) -> Tensor:
+        """Return a new tensor of numbers drawn evenly from -bound to bound for an adapter at this site."""
+        return self._filled(shape, lambda tensor: tensor.uniform_(-bound, bound))
+
     def kaiming_uniform(self, *shape: int) -> Tensor:
         """Return a new tensor as `nn.Linear` starts its weight: uniform within 1 / sqrt(columns)."""
-        bound = 1 / math.sqrt(max(shape[-1], 1))
-        return self._filled(shape, lambda tensor: tensor.uniform_(-bound, bound))
+        return self.uniform(*shape, bound=1 / math.sqrt(max(shape[-1], 1)))
 
     def _filled(self, shape: tuple[int, ...], fill: Callable[[Tensor], Tensor]) -> Tensor:
         tensor = self.empty(*shape)

@@ -1,16 +1,16 @@
-"""`nn.Linear` and its subclasses."""
+"""`nn.Linear` and its subclasses, and the layer of transformers that stores its weight the other way round."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.sites.base import Site, unfit_weight
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+CONV1D = "transformers.pytorch_utils.Conv1D"
+"""The full name of the layer that GPT-2 and its like are made of. It is linear, in spite of its name."""
 
 
 class LinearSite(Site):
@@ -22,22 +22,37 @@ class LinearSite(Site):
     @classmethod
     def takes(cls, module: nn.Module) -> str | None:
         """Return why this very layer cannot be adapted, or None."""
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return "torch's MultiheadAttention reads its weight and never calls it, so an adapter would have no effect"
         return unfit_weight(module)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer on `x` with these parameters in place of its own."""
         if not args and not kwargs and _is_plain(self.module):
-            tensors: Mapping[str, Tensor | None] = self.to_stored(weight, bias)
-            return F.linear(x, tensors["weight"], tensors.get("bias"))  # type: ignore[arg-type]
+            dtype = self.stored.dtype
+            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         return super().run(x, weight, bias, *args, **kwargs)
+
+
+class TransposedLinearSite(LinearSite):
+    """A linear layer that stores its weight in x out; the site shows it out x in like any other."""
+
+    transposed: ClassVar[bool] = True
+    __slots__ = ()
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight, out x in."""
+        return self.stored.T
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """Return a weight, or something that is added to one, in x out."""
+        return weight.reshape(self.weight.shape).T.contiguous()
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Return whether calling the layer is the same as calling `F.linear`."""
+    kind = type(module)
     return (
-        type(module) is nn.Linear
+        (kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" == CONV1D)
         and "forward" not in module.__dict__
         and not module._forward_pre_hooks
         and not module._forward_hooks

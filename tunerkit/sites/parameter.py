@@ -27,9 +27,19 @@ class ParameterSite(Site):
         self.parameter_name = parameter_name
 
     @property
+    def settings_name(self) -> str:
+        """The path of the parameter."""
+        return f"{self.name}.{self.parameter_name}"
+
+    @property
     def weight_name(self) -> str:
         """The name of the parameter."""
         return self.parameter_name
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The name of the parameter."""
+        return (self.parameter_name,)
 
     @property
     def owner(self) -> nn.Module:
@@ -48,6 +58,13 @@ class ParameterSite(Site):
     def bias(self) -> Tensor | None:
         """None: a bare parameter has no bias."""
         return None
+
+    def fitted(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        """Return the tensor by name, as it is if its form is right: it may be computed only where it is read."""
+        stored = self.stored
+        if weight.shape == stored.shape and weight.dtype is stored.dtype:
+            return {self.parameter_name: weight}
+        return self.to_stored(weight, bias)
 
     def with_parameters(self, tensors: Mapping[str, Tensor | None]) -> Site:
         """Return this site with another tensor for the parameter, also below layers that adapt the module's others."""

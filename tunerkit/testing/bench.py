@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.layer import tuner_layers
 from tunerkit.plugins import get_method
+from tunerkit.testing.models import SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,22 +32,24 @@ class Bench:
 
     Args:
         case: The class that says what is checked.
-        kind: The kind of site.
+        sample: The name of the model, which is the kind of its sites unless the kit says otherwise.
         folder: An empty folder for checkpoints.
 
     Attributes:
+        kind: The kind of site.
         tolerance: The greatest difference between two outputs that count as equal, absolute and relative.
         inputs: Arguments of the model's forward.
     """
 
-    def __init__(self, case: MethodConformance, kind: str, folder: Path) -> None:
+    def __init__(self, case: MethodConformance, sample: str, folder: Path) -> None:
         self.case = case
-        self.kind = kind
+        self.sample = sample
+        self.kind = SAMPLES[sample].kind if sample in SAMPLES else sample
         self.folder = folder
         self.tolerance = case.tolerance
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            self.inputs = case.make_inputs(kind)
+            self.inputs = case.make_inputs(sample)
 
     @property
     def method(self) -> Method:
@@ -57,11 +60,11 @@ class Bench:
         """Return a new base model, with the same numbers every time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return self.case.make_model(self.kind).eval()
+            return self.case.make_model(self.sample).eval()
 
     def config(self) -> PeftConfig:
         """Return a new config that says what to target in the model."""
-        return self.case.targeted(self.case.config(), self.kind)
+        return self.case.targeted(self.case.config(), self.sample)
 
     def start(self, base: nn.Module | None = None, name: str = "default") -> PeftModel:
         """Return a model with an adapter as it is at its start."""

@@ -30,11 +30,12 @@ class MethodConformance(MathsChecks, MergingChecks, LifecycleChecks, FileChecks,
     """Every check that the core relies on, for one method.
 
     An author subclasses it, calls the subclass `Test...`, and defines `config`. Each check is run on every kind of site
-    in `kinds`, on a small model of the kit's own. To check on another model, override `make_model` and `make_inputs`,
-    and let `config` say what to target in it.
+    in `kinds`, on small models of the kit's own (`tunerkit.testing.models.SAMPLES`). To check on another model,
+    override `make_model` and `make_inputs`, and let `config` say what to target in it.
 
     Attributes:
-        kinds: The kinds of sites to check on; all that the adapter class declares, if this is not set.
+        kinds: The kinds of sites to check on, or other names of the kit's models; every model of a kind that the
+            adapter class declares, if this is not set.
         tolerance: The greatest difference between two outputs that count as equal, in single precision.
         absent: The checks that do not hold for the method, by name, with the reason; the report shows them as skipped.
     """
@@ -102,7 +103,7 @@ class MethodConformance(MathsChecks, MergingChecks, LifecycleChecks, FileChecks,
 
     def _declared_kinds(self) -> list[str]:
         kinds = get_method(str(self.config().peft_type)).method.kinds
-        return sorted(SAMPLES.keys() & (kinds or {"linear"}))
+        return [name for name, sample in SAMPLES.items() if sample.kind in (kinds or {"linear"})]
 
     @pytest.fixture
     def bench(self, kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Bench:

@@ -1,4 +1,4 @@
-"""The small models on which methods are checked, one for each kind of site."""
+"""The small models on which methods are checked, at least one for each kind of site."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Sample(Protocol):
-    """A small model that knows what to target in it, and what to feed it."""
+    """A small model that knows what kind of sites it has, what to target in it, and what to feed it."""
 
+    kind: ClassVar[str]
     targets: ClassVar[dict[str, list[str]]]
 
     @staticmethod
@@ -22,6 +23,7 @@ class Sample(Protocol):
 class Linears(nn.Module):
     """Linear layers with and without a bias, and of unequal and equal sides."""
 
+    kind: ClassVar[str] = "linear"
     targets: ClassVar[dict[str, list[str]]] = {"target_modules": ["wide", "square", "narrow"]}
 
     def __init__(self) -> None:
@@ -46,6 +48,7 @@ class Linears(nn.Module):
 class Embeddings(nn.Module):
     """Two tables of vectors."""
 
+    kind: ClassVar[str] = "embedding"
     targets: ClassVar[dict[str, list[str]]] = {"target_modules": ["words", "places"]}
 
     def __init__(self) -> None:
@@ -63,6 +66,32 @@ class Embeddings(nn.Module):
         """Return batch x length x 3."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         return self.head(torch.tanh(self.words(tokens) + self.places(places)))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """An encoder layer, which may read the attention's parameters instead of calling it, and a call of a second one."""
+
+    kind: ClassVar[str] = "attention"
+    targets: ClassVar[dict[str, list[str]]] = {"target_modules": ["self_attn", "cross"]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=12, dropout=0.0, batch_first=True)
+        self.cross = nn.MultiheadAttention(8, 2, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    @staticmethod
+    def inputs() -> tuple[Tensor, ...]:
+        """Return a batch of five sequences of three vectors."""
+        return (torch.randn(5, 3, 8),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return batch x length x 3."""
+        hidden = self.layer(x)
+        found, _ = self.cross(
+            query=torch.tanh(x).transpose(0, 1), key=hidden.transpose(0, 1), value=hidden.transpose(0, 1)
+        )
+        return self.head(torch.tanh(hidden + 3 * found.transpose(0, 1)))  # type: ignore[no-any-return]
 
 
 class Mixture(nn.Module):
@@ -84,6 +113,7 @@ class Mixture(nn.Module):
 class Parameters(nn.Module):
     """A mixture of experts: three bare parameters of one module, a matrix and two stacks of matrices."""
 
+    kind: ClassVar[str] = "parameter"
     targets: ClassVar[dict[str, list[str]]] = {
         "target_parameters": ["experts.router", "experts.up", "experts.down"],
     }
@@ -103,8 +133,100 @@ class Parameters(nn.Module):
         return self.head(x + self.experts(x))  # type: ignore[no-any-return]
 
 
-SAMPLES: dict[str, type[Sample]] = {"linear": Linears, "embedding": Embeddings, "parameter": Parameters}
-"""The model for each kind of site."""
+class Convolutions(nn.Module):
+    """Two convolutions after each other, with everything that a convolution can be set to but groups."""
+
+    targets: ClassVar[dict[str, list[str]]] = {"target_modules": ["first", "second"]}
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return batch x 3 from batch x channels x ..."""
+        hidden = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return self.head(hidden.flatten(2).mean(-1))  # type: ignore[no-any-return]
+
+
+class Convolutions1d(Convolutions):
+    """Convolutions over one dimension."""
+
+    kind: ClassVar[str] = "conv1d"
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv1d(3, 6, 3, stride=2, padding=1), nn.Conv1d(6, 4, 2, padding="same", dilation=2, bias=False)
+        )
+
+    @staticmethod
+    def inputs() -> tuple[Tensor, ...]:
+        """Return a batch of five sequences of nine places."""
+        return (torch.randn(5, 3, 9),)
+
+
+class Convolutions2d(Convolutions):
+    """Convolutions over two dimensions, the second around the edges."""
+
+    kind: ClassVar[str] = "conv2d"
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 6, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
+            nn.Conv2d(6, 4, (1, 3), padding=(0, 1), padding_mode="circular", bias=False),
+        )
+
+    @staticmethod
+    def inputs() -> tuple[Tensor, ...]:
+        """Return a batch of five images of six by eight points."""
+        return (torch.randn(5, 3, 6, 8),)
+
+
+class Convolutions3d(Convolutions):
+    """Convolutions over three dimensions."""
+
+    kind: ClassVar[str] = "conv3d"
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv3d(2, 6, (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 1), dilation=(1, 1, 2)),
+            nn.Conv3d(6, 4, 1, bias=False),
+        )
+
+    @staticmethod
+    def inputs() -> tuple[Tensor, ...]:
+        """Return a batch of five bodies of three by four by four points."""
+        return (torch.randn(5, 2, 3, 4, 4),)
+
+
+class GroupedConvolutions(Convolutions):
+    """Convolutions whose channels are divided into two groups."""
+
+    kind: ClassVar[str] = "conv2d"
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(4, 6, (3, 2), padding=1, groups=2), nn.Conv2d(6, 4, 2, stride=2, groups=2, bias=False)
+        )
+
+    @staticmethod
+    def inputs() -> tuple[Tensor, ...]:
+        """Return a batch of five images of five by six points."""
+        return (torch.randn(5, 4, 5, 6),)
+
+
+SAMPLES: dict[str, type[Sample]] = {
+    "linear": Linears,
+    "embedding": Embeddings,
+    "attention": Attention,
+    "parameter": Parameters,
+    "conv1d": Convolutions1d,
+    "conv2d": Convolutions2d,
+    "conv3d": Convolutions3d,
+    "grouped conv2d": GroupedConvolutions,
+}
+"""The models by name: one called like each kind of site, and others for what is particular about some."""
 
 
 class Recomputed(nn.Module):

@@ -6,4 +6,4 @@ from tunerkit_ia3 import IA3Config
 
 class TestIA3(MethodConformance):
     def config(self):
-        return IA3Config(target_modules=["wide", "square"], feedforward_modules=["square"])
+        return IA3Config(feedforward_modules=".*(square|second)")

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunerkit import BaseTuner, BaseTunerLayer, Method, hookimpl
+from tunerkit import Method, hookimpl
 from tunerkit.defaults import fill_target_modules
-from tunerkit_ia3.adapter import IA3Adapter
+from tunerkit_ia3.adapter import IA3Adapter, IA3Embedding
 from tunerkit_ia3.config import IA3Config, among
+from tunerkit_ia3.model import IA3Layer, IA3Model
 from tunerkit_ia3.targets import DEFAULT_FEEDFORWARD, DEFAULT_TARGETS
 
-__all__ = ["DEFAULT_FEEDFORWARD", "IA3Adapter", "IA3Config", "IA3Layer", "IA3Model", "method"]
+__all__ = ["DEFAULT_FEEDFORWARD", "IA3Adapter", "IA3Config", "IA3Embedding", "IA3Layer", "IA3Model", "method"]
 
 
-class IA3Layer(BaseTunerLayer, method="ia3"):
-    """A layer is one exactly while it holds an IA3 adapter."""
-
-
-class IA3Model(BaseTuner, method="ia3"):
-    """A tuner is one exactly while it holds an IA3 adapter."""
-
-    prefix = "ia3_"
-    tuner_layer_cls = IA3Layer
-    target_module_mapping = DEFAULT_TARGETS
-
-
-method = Method(config=IA3Config, adapter=IA3Adapter, tuner=IA3Model)
+method = Method(config=IA3Config, adapter=(IA3Adapter, IA3Embedding), tuner=IA3Model)
 
 
 @hookimpl

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tunerkit.config import PeftConfig, unbuilt
+from tunerkit.config import PeftConfig
 from tunerkit.errors import ConfigError
 from tunerkit.naming import listing
 
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 class IA3Config(PeftConfig):
     """What an (IA)³ adapter rescales: a layer's outputs, or its inputs where the layer is a feed-forward one.
 
-    All fields of PEFT's class are here, so that its files can be read. Those marked *(not built)* are refused by name
-    away from their default.
+    All fields of PEFT's class are here, so that its files can be read.
 
     Attributes:
         target_modules: The modules to adapt: names or their last parts, a regex that fits the whole name, or
@@ -28,22 +27,22 @@ class IA3Config(PeftConfig):
         feedforward_modules: Those of the targeted modules whose input is rescaled rather than the output: names or
             their endings, or a regex. If not given, what the type of a transformers model calls for. If this and
             `target_modules` are lists, each entry must be able to mean a targeted module.
-        fan_in_fan_out: Whether the weights are stored in x out. *(not built)*
-        modules_to_save: Modules to train and save as a whole. *(not built)*
+        fan_in_fan_out: Whether the weights are stored in x out. The layer knows; a value that is wrong for the targeted
+            layers is corrected in the completed config, with a `ConfigWarning`.
+        modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_ia3_weights: Whether the factors start at one, so that training starts from the base model; otherwise they
             are drawn from a normal distribution, for tests.
 
     Raises:
-        ConfigError: A setting has the wrong type, or asks for something that is not built, or a feed-forward module is
-            not among the targeted ones.
+        ConfigError: A setting has the wrong type, or a feed-forward module is not among the targeted ones.
     """
 
     peft_type: str | None = "IA3"
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     feedforward_modules: list[str] | set[str] | str | None = None
-    fan_in_fan_out: bool = unbuilt(default=False)
-    modules_to_save: list[str] | None = unbuilt(None)
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
 
     _sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "feedforward_modules")
@@ -52,8 +51,7 @@ class IA3Config(PeftConfig):
         """Check every field, and that feed-forward modules can mean targeted ones; see `PeftConfig.check`.
 
         Raises:
-            ConfigError: A setting has the wrong type, or asks for something that is not built, or a feed-forward module
-                is not among the targeted ones.
+            ConfigError: A setting has the wrong type, or a feed-forward module is not among the targeted ones.
         """
         super().check()
         if not (isinstance(self.target_modules, set) and isinstance(self.feedforward_modules, set)):

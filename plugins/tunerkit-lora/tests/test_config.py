@@ -17,13 +17,9 @@ NO_PEFT = "comparing with PEFT needs it: pip install peft"
 
 # Per field that is not built: a value away from its default.
 UNBUILT = {
-    "fan_in_fan_out": True,
     "bias": "lora_only",
-    "modules_to_save": ["head"],
     "layers_to_transform": 0,
     "layers_pattern": "layers",
-    "rank_pattern": {"head": 2},
-    "alpha_pattern": {"head": 2.5},
     "megatron_config": {"hidden": 1},
     "megatron_core": "other.core",
     "trainable_token_indices": [0],
@@ -38,8 +34,6 @@ UNBUILT = {
     "qalora_group_size": 8,
     "monteclora_config": {"num_samples": 4},
     "layer_replication": [(0, 2), (1, 3)],
-    "runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True),
-    "lora_bias": True,
     "target_parameters": ["head.weight"],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
@@ -50,10 +44,15 @@ BUILT = {
     "r": 4,
     "target_modules": ["q", "v"],
     "exclude_modules": "head.*",
+    "modules_to_save": ["head"],
     "lora_alpha": 16,
     "lora_dropout": 0.1,
     "use_rslora": True,
-    "init_lora_weights": "gaussian",
+    "init_lora_weights": False,
+    "fan_in_fan_out": True,
+    "rank_pattern": {"head": 2},
+    "alpha_pattern": {"head": 2.5},
+    "lora_bias": True,
     "task_type": "CAUSAL_LM",
     "revision": "main",
 }
@@ -79,7 +78,7 @@ def own_fields():
 
 
 def test_every_field_is_either_built_or_refused():
-    assert own_fields() == {*UNBUILT} | ({*BUILT} - {"task_type", "revision"})
+    assert own_fields() == {*UNBUILT, "runtime_config"} | ({*BUILT} - {"task_type", "revision"})
 
 
 @pytest.mark.parametrize("name", UNBUILT)
@@ -129,6 +128,37 @@ def test_the_default_of_a_field_that_is_not_built_can_be_given(name):
             {"bias": "some"},
             "LoraConfig.bias must be 'none' or 'all' or 'lora_only'; it is 'some' of type str.",
         ),
+        (
+            {"rank_pattern": {"q": 4, "v": 0}},
+            "LoraConfig.rank_pattern['v'] must be above 0; it is 0.",
+        ),
+        (
+            {"rank_pattern": {"q": 2.5}},
+            (
+                "LoraConfig.rank_pattern must be a dict of text to a whole number or None; it is {'q': 2.5} of type "
+                "dict."
+            ),
+        ),
+        (
+            {"alpha_pattern": ["q"]},
+            "LoraConfig.alpha_pattern must be a dict of text to a finite number or None; it is ['q'] of type list.",
+        ),
+        ({"lora_bias": "yes"}, "LoraConfig.lora_bias must be True or False; it is 'yes' of type str."),
+        (
+            {"lora_bias": True, "init_lora_weights": "gaussian"},
+            (
+                "LoraConfig.lora_bias=True needs init_lora_weights=True or False; it is 'gaussian'. Leave one of the "
+                "two out."
+            ),
+        ),
+        ({"fan_in_fan_out": None}, "LoraConfig.fan_in_fan_out must be True or False; it is None of type NoneType."),
+        (
+            {"runtime_config": {"ephemeral_gpu_offload": True}},
+            (
+                "LoraConfig.runtime_config must be a LoraRuntimeConfig; it is {'ephemeral_gpu_offload': True} of type "
+                "dict."
+            ),
+        ),
         ({"peft_type": "OTHER"}, "LoraConfig is the config of LORA; its peft_type cannot be 'OTHER'."),
     ],
 )
@@ -154,7 +184,46 @@ def test_an_unknown_setting_is_refused():
     ],
 )
 def test_scaling(settings, scaling):
-    assert LoraConfig(**settings).scaling == pytest.approx(scaling)
+    assert LoraConfig(**settings).scaling_for("any.path") == pytest.approx(scaling)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "alpha", "scaling"),
+    [
+        ("layers.0.q", 2, 16, 8.0),
+        ("layers.0.seq", 8, 16, 2.0),
+        ("q", 2, 16, 8.0),
+        ("layers.1.v", 4, 3, 0.75),
+        ("layers.10.v", 8, 3, 0.375),
+        ("outer.layers.1.v", 8, 3, 0.375),
+        ("head", 8, 16, 2.0),
+    ],
+)
+def test_patterns_of_ranks_and_scales(name, rank, alpha, scaling):
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        rank_pattern={"q": 2, r"^layers\.1\.(q|v)": 4, "layers.0.q": 6},
+        alpha_pattern={"[kv]": 3},
+    )
+    assert (config.rank_for(name), config.alpha_for(name), config.scaling_for(name)) == (rank, alpha, scaling)
+
+
+def test_no_patterns():
+    config = LoraConfig(rank_pattern=None, alpha_pattern=None)
+    assert (config.rank_for("q"), config.alpha_for("q")) == (8, 8)
+
+
+paths = st.lists(st.sampled_from(["q", "seq", "layers", "0", "10", "v"]), min_size=1, max_size=4).map(".".join)
+patterns = paths | st.sampled_from(["^q", r"layers\.\d+", "q|v", ".*0", "(q)", "[qv]", "s?q", "v$", "layers.*q"])
+
+
+@given(entries=st.lists(patterns, max_size=4), path=paths)
+def test_patterns_fit_as_in_peft(entries, path):
+    peft = pytest.importorskip("peft", reason=NO_PEFT)
+    config = LoraConfig(rank_pattern={entry: number for number, entry in enumerate(entries, start=1)}, r=100)
+    key = peft.utils.other.get_pattern_key(config.rank_pattern.keys(), path)
+    assert config.rank_for(path) == config.rank_pattern.get(key, 100)
 
 
 @pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
@@ -171,6 +240,8 @@ def test_a_regex_stays_text():
 
 @given(
     r=st.integers(1, 512),
+    rank_pattern=st.dictionaries(st.text(), st.integers(1, 512), max_size=3),
+    alpha_pattern=st.dictionaries(st.text(), st.integers(0, 512) | st.floats(0, 512), max_size=3),
     lora_alpha=st.integers(0, 512) | st.floats(0, 512),
     lora_dropout=st.floats(0, 1),
     use_rslora=st.booleans(),
@@ -184,7 +255,9 @@ def test_a_config_survives_json(**values):
 
 
 def test_runtime_settings_are_not_saved():
-    assert "runtime_config" not in LoraConfig().to_dict()
+    config = LoraConfig(runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
+    assert config.runtime_config.ephemeral_gpu_offload
+    assert "runtime_config" not in config.to_dict()
     read = LoraConfig.from_dict({"runtime_config": {"ephemeral_gpu_offload": True}})
     assert read.runtime_config == LoraRuntimeConfig(ephemeral_gpu_offload=False)
 

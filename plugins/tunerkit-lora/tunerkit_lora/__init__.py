@@ -2,24 +2,72 @@
 
 from __future__ import annotations
 
-from tunerkit import BaseTuner, BaseTunerLayer, Method
+from typing import TYPE_CHECKING
+
+from tunerkit import Method, hookimpl
+from tunerkit.defaults import find_site
+from tunerkit.sites import OutputProjectionSite
 from tunerkit_lora.adapter import LoraAdapter
+from tunerkit_lora.attention import LoraAttention, LoraOutputProjection
+from tunerkit_lora.base import LowRankAdapter
 from tunerkit_lora.config import LoraConfig, LoraRuntimeConfig
-from tunerkit_lora.targets import DEFAULT_TARGETS
+from tunerkit_lora.convolution import LoraConvolution
+from tunerkit_lora.embedding import LoraEmbedding
+from tunerkit_lora.experts import LoraExperts
+from tunerkit_lora.layers import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    Linear,
+    LoraLayer,
+    MultiheadAttention,
+    ParamWrapper,
+)
+from tunerkit_lora.model import LoraModel
+from tunerkit_lora.scale import rescale_adapter_scale
 
-__all__ = ["LoraAdapter", "LoraConfig", "LoraLayer", "LoraModel", "LoraRuntimeConfig", "method"]
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tunerkit.adapter import Adapter
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LoraAdapter",
+    "LoraAttention",
+    "LoraConfig",
+    "LoraConvolution",
+    "LoraEmbedding",
+    "LoraExperts",
+    "LoraLayer",
+    "LoraModel",
+    "LoraOutputProjection",
+    "LoraRuntimeConfig",
+    "LowRankAdapter",
+    "MultiheadAttention",
+    "ParamWrapper",
+    "method",
+    "rescale_adapter_scale",
+]
 
 
-class LoraLayer(BaseTunerLayer, method="lora"):
-    """A layer is one exactly while it holds a LoRA adapter."""
+method = Method(
+    config=LoraConfig,
+    adapter=(LoraAdapter, LoraEmbedding, LoraConvolution, LoraAttention, LoraExperts),
+    tuner=LoraModel,
+)
 
 
-class LoraModel(BaseTuner, method="lora"):
-    """A tuner is one exactly while it holds a LoRA adapter."""
-
-    prefix = "lora_"
-    tuner_layer_cls = LoraLayer
-    target_module_mapping = DEFAULT_TARGETS
-
-
-method = Method(config=LoraConfig, adapter=LoraAdapter, tuner=LoraModel)
+@hookimpl
+def _create_and_replace(
+    peft_config: LoraConfig, target: nn.Module, current_key: str, parameter_name: str | None
+) -> Adapter:
+    """Make the adapter for the kind of layer."""
+    site = find_site(method, peft_config, target, current_key, parameter_name)
+    kind = LoraOutputProjection if isinstance(site, OutputProjectionSite) else method.adapter_for(site.kind)
+    return kind(site, peft_config)

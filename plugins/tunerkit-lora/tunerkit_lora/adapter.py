@@ -1,4 +1,4 @@
-"""The maths of LoRA."""
+"""The maths of LoRA on a linear layer."""
 
 from __future__ import annotations
 
@@ -6,45 +6,60 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 
-from tunerkit.adapter import AdditiveAdapter, add_low_rank, add_low_rank_rows, have_plain_weights, linear
+from tunerkit.adapter import add_low_rank, add_low_rank_rows, have_plain_weights, linear
+from tunerkit_lora.base import LowRankAdapter
+from tunerkit_lora.factors import starting_bias, starting_factors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from typing_extensions import Self
 
     from tunerkit.rows import Groups
     from tunerkit.sites import Below, Site
     from tunerkit_lora.config import LoraConfig
 
+    Factor = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-class LoraAdapter(AdditiveAdapter):
+
+class LoraAdapter(LowRankAdapter):
     """``W + s B A``: two small factors instead of a full update.
 
     From "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). ``A`` is r x in and starts at random,
     ``B`` is out x r and starts at zero, so training starts from the base model; ``s`` is alpha / r, or alpha / sqrt(r)
-    with rank-stabilised scaling (arXiv 2312.03732).
+    with rank-stabilised scaling (arXiv 2312.03732). With `lora_bias` ``B`` has a bias ``c``, and ``s c`` is added too.
     """
 
     entries: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    factor_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
-        self.r, self.lora_alpha, self.scaling = config.r, config.lora_alpha, config.scaling
-        self.lora_dropout = config.lora_dropout
-        init = config.init_lora_weights
-        shape = config.r, site.in_features
-        self.lora_A = linear(
-            site.normal(*shape, std=1 / config.r) if init == "gaussian" else site.kaiming_uniform(*shape)
-        )
-        shape = site.out_features, config.r
-        self.lora_B = linear(site.zeros(*shape) if init else site.kaiming_uniform(*shape))
+        first, second = starting_factors(site, self.r, config)
+        self.lora_A, self.lora_B = self.make_layers(site, first, second, starting_bias(site, self.r, config))
+
+    @staticmethod
+    def make_layers(site: Site, first: Tensor, second: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
+        """Return the layers that hold the factors."""
+        del site
+        return linear(first), linear(second, bias)
 
     def delta(self, base: Site) -> Tensor:
         """Return ``s B A``, out x in."""
         del base
         return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+
+    def delta_bias(self, base: Site) -> Tensor | None:
+        """Return ``s c``, or None."""
+        del base
+        bias = self.lora_B.bias
+        return None if bias is None else self.scaling * bias
+
+    @property
+    def factor_bias(self) -> Tensor | None:
+        """The bias of ``B``, or None."""
+        return self.lora_B.bias
 
     def forward(self, x: Tensor, below: Below) -> Tensor:
         """Return the inherited result without building the full-size delta; only this way has dropout."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tunerkit.config import PeftConfig, setting, unbuilt
 from tunerkit.errors import ConfigError
+from tunerkit.targeting import pattern_value
 
 _UNBUILT_STARTS = re.compile(r"eva|olora|pissa|pissa_niter_\d+|corda|loftq|orthogonal|mica|lora_ga")
 """The starts that PEFT has and this package has not built."""
@@ -19,7 +20,8 @@ class LoraRuntimeConfig:
     """Settings that belong to one run and never to a checkpoint.
 
     Attributes:
-        ephemeral_gpu_offload: Whether layers that live on the CPU visit the GPU while an adapter is made.
+        ephemeral_gpu_offload: Whether layers that live on the CPU visit the GPU while an adapter is made. It is taken
+            and changes nothing: adapters are made where their layer is.
     """
 
     ephemeral_gpu_offload: bool = False
@@ -39,17 +41,19 @@ class LoraConfig(PeftConfig):
         exclude_modules: Modules to leave alone though they are targeted: names or their last parts, or a regex.
         lora_alpha: The numerator of `scaling`.
         lora_dropout: The probability with which each element of the adapter's input is dropped while training.
-        fan_in_fan_out: Whether the weights are stored in x out. *(not built)*
+        fan_in_fan_out: Whether the weights are stored in x out. The layer knows; a value that is wrong for the targeted
+            layers is corrected in the completed config, with a `ConfigWarning`.
         bias: Which biases of the base are trained too. *(not built)*
         use_rslora: Whether `scaling` is divided by the root of the rank rather than by the rank.
-        modules_to_save: Modules to train and save as a whole. *(not built)*
+        modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
             standard deviation `1 / r`, `B` zero. `False`: both as PyTorch starts a linear layer, so that the adapter
             changes the output at once; for tests.
         layers_to_transform: The numbers of the layers to adapt. *(not built)*
         layers_pattern: The name before a layer's number. *(not built)*
-        rank_pattern: Ranks of single modules. *(not built)*
-        alpha_pattern: `lora_alpha` of single modules. *(not built)*
+        rank_pattern: Ranks of single modules, by regexes that fit a module's path or the end of it after a dot. The
+            first that fits counts; `^` at the start of one means the whole path.
+        alpha_pattern: `lora_alpha` of single modules, in the same way.
         megatron_config: Arguments of Megatron's parallel layers. *(not built)*
         megatron_core: The module that holds Megatron's core. *(not built)*
         trainable_token_indices: Rows of an embedding to train. *(not built)*
@@ -64,9 +68,11 @@ class LoraConfig(PeftConfig):
         qalora_group_size: The size of QALoRA's groups. *(not built)*
         monteclora_config: Settings of MonteCLoRA's sampling. *(not built)*
         layer_replication: Ranges of layers to repeat with shared weights. *(not built)*
-        runtime_config: Settings of this run, which are not saved. *(not built)*
-        lora_bias: Whether `B` has a bias. *(not built)*
-        target_parameters: Bare parameters to adapt, by name. *(not built)*
+        runtime_config: Settings of this run, which are not saved.
+        lora_bias: Whether `B` has a bias, which is trained and scaled with it. Not for embeddings, and only with
+            `init_lora_weights` at `True` or `False`.
+        target_parameters: Bare parameters to adapt, matrices or stacks of matrices such as a mixture's fused experts:
+            paths or the ends of them after a dot. Without dropout, DoRA and `lora_bias`, which need a layer.
         use_bdlora: Settings of block-diagonal factors (BD-LoRA). *(not built)*
         arrow_config: Settings of Arrow's routing between adapters. *(not built)*
         kasa_config: Settings of KaSA. *(not built)*
@@ -82,15 +88,15 @@ class LoraConfig(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = setting(0.0, minimum=0, maximum=1)
-    fan_in_fan_out: bool = unbuilt(default=False)
+    fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = unbuilt("none")
     use_rslora: bool = False
-    modules_to_save: list[str] | None = unbuilt(None)
+    modules_to_save: list[str] | None = None
     init_lora_weights: bool | Literal["gaussian"] = True
     layers_to_transform: list[int] | int | None = unbuilt(None)
     layers_pattern: list[str] | str | None = unbuilt(None)
-    rank_pattern: dict[str, int] | None = unbuilt(factory=dict)
-    alpha_pattern: dict[str, float] | None = unbuilt(factory=dict)
+    rank_pattern: dict[str, int] | None = setting(factory=dict)
+    alpha_pattern: dict[str, float] | None = setting(factory=dict)
     megatron_config: dict[str, Any] | None = unbuilt(None)
     megatron_core: str | None = unbuilt("megatron.core")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = unbuilt(None)
@@ -105,13 +111,15 @@ class LoraConfig(PeftConfig):
     qalora_group_size: int = unbuilt(16)
     monteclora_config: dict[str, Any] | None = unbuilt(None)
     layer_replication: list[tuple[int, int]] | None = unbuilt(None)
-    runtime_config: LoraRuntimeConfig = unbuilt(factory=LoraRuntimeConfig, saved=False)
-    lora_bias: bool = unbuilt(default=False)
-    target_parameters: list[str] | None = unbuilt(None)
+    runtime_config: LoraRuntimeConfig = setting(factory=LoraRuntimeConfig, saved=False)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
     use_bdlora: dict[str, Any] | None = unbuilt(None)
     arrow_config: dict[str, Any] | None = unbuilt(None)
     kasa_config: dict[str, Any] | None = unbuilt(None)
     ensure_weight_tying: bool = unbuilt(default=False)
+
+    _patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     def check(self) -> None:
         """Check every field; see `PeftConfig.check`.
@@ -130,8 +138,26 @@ class LoraConfig(PeftConfig):
                 )
                 raise ConfigError(msg)
         super().check()
+        for entry, rank in (self.rank_pattern or {}).items():
+            if rank <= 0:
+                msg = f"LoraConfig.rank_pattern[{entry!r}] must be above 0; it is {rank!r}."
+                raise ConfigError(msg)
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            msg = (
+                f"LoraConfig.lora_bias=True needs init_lora_weights=True or False; it is {self.init_lora_weights!r}. "
+                "Leave one of the two out."
+            )
+            raise ConfigError(msg)
 
-    @property
-    def scaling(self) -> float:
-        """What the product `B @ A` is multiplied with."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def rank_for(self, name: str) -> int:
+        """Return the rank at the module of a path."""
+        return pattern_value(self.rank_pattern, name, self.r)
+
+    def alpha_for(self, name: str) -> float:
+        """Return the numerator of the scale at the module of a path."""
+        return pattern_value(self.alpha_pattern, name, self.lora_alpha)
+
+    def scaling_for(self, name: str) -> float:
+        """Return what the product `B @ A` is multiplied with at the module of a path."""
+        rank = self.rank_for(name)
+        return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)

@@ -1,0 +1,125 @@
+"""`LowRankAdapter`: what the LoRA adapters of all kinds of layers have in common."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from tunerkit.adapter import AdditiveAdapter
+from tunerkit.errors import AdapterStateError
+from tunerkit_lora.ranks import resize_first, resize_second
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tunerkit.adapter import Adapter
+    from tunerkit.sites import Site
+    from tunerkit_lora.config import LoraConfig
+
+
+class LowRankAdapter(AdditiveAdapter):
+    """An update that is a product of two small factors, times a scale.
+
+    Attributes:
+        r: The rank.
+        lora_alpha: The numerator of the scale.
+        use_rslora: Whether its denominator is the root of the rank.
+        scaling: The scale now; it can be changed.
+        lora_dropout: The probability with which each element of the input is dropped while training.
+        lora_bias: Whether the second factor has a bias.
+        use_dora: Whether magnitude and direction of the weight are learned apart.
+        factor_keys: Where the first and the second factor are.
+        rank_groups: Into how many groups the rank is divided.
+    """
+
+    use_dora: bool = False
+    settings: ClassVar[tuple[str, ...]] = ("scaling",)
+    factor_keys: ClassVar[tuple[str, str]]
+    rank_groups: int = 1
+
+    def __init__(self, site: Site, config: LoraConfig) -> None:
+        super().__init__(site, config)
+        self.r = config.rank_for(site.settings_name)
+        self.lora_alpha = config.alpha_for(site.settings_name)
+        self.use_rslora = config.use_rslora
+        self.scaling = self.initial_scaling
+        self.lora_dropout = config.lora_dropout
+        self.lora_bias = config.lora_bias
+
+    @property
+    def initial_scaling(self) -> float:
+        """The scale that follows from rank and alpha."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    # What others do with the factors: combining, and making room for larger ones
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The second factor, out x rank, and the first, rank x in, flattened; the very tensors."""
+        down, up = (self.get_parameter(key).flatten(1) for key in self.factor_keys)
+        return up, down
+
+    @property
+    def factor_bias(self) -> Tensor | None:
+        """The bias of the second factor, of size out, or None."""
+        return None
+
+    def make_room(self, rank: int | None, device: torch.device) -> None:
+        """Fill the factors up with zeros to a rank, and make the scale a tensor; see `Adapter.make_room`."""
+        super().make_room(rank, device)
+        if rank is not None:
+            self._hold(rank)
+
+    @property
+    def room(self) -> int:
+        """The rank that the factors have room for: `r`, or more while they are filled up with zeros."""
+        return len(self.get_parameter(self.factor_keys[0]))
+
+    def resize(self, first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the factors filled up with zeros, or cut, to a rank."""
+        return resize_first(first, rank, self.rank_groups), resize_second(second, rank, self.rank_groups)
+
+    def take(self, other: Adapter) -> None:
+        """Take over another adapter, whatever its rank; see `Adapter.take`. A larger rank needs new tensors."""
+        if not isinstance(other, LowRankAdapter):
+            super().take(other)
+            return
+        room = max(self.room, other.room)
+        self._hold(room)
+        other._hold(room)
+        super().take(other)
+        self.r, self.lora_alpha = other.r, other.lora_alpha
+
+    def _hold(self, rank: int) -> None:
+        """Fill the factors up with zeros to a rank; what is there already is left as it is."""
+        if rank == self.room:
+            return
+        if rank < self.room or rank % self.rank_groups:
+            why = f"its layer has {self.rank_groups} groups, which divide it"
+            if rank < self.room:
+                why = f"it has rank {self.room}"
+            msg = f"An adapter cannot be brought to rank {rank}: {why}. Choose another target_rank."
+            raise AdapterStateError(msg)
+        old = [self.get_parameter(key) for key in self.factor_keys]
+        for key, before, after in zip(self.factor_keys, old, self.resize(old[0], old[1], rank), strict=True):
+            module, _, leaf = key.rpartition(".")
+            made = nn.Parameter(after.detach(), requires_grad=before.requires_grad)
+            self.get_submodule(module)._parameters[leaf] = made
+
+    def to_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors without the zeros that the factors were filled up with."""
+        return tensors if self.room == self.r else self._resized(tensors, self.r)
+
+    def from_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a checkpoint's tensors, filled up with zeros as those of the adapter are."""
+        return tensors if self.room == self.r else self._resized(tensors, self.room)
+
+    def _resized(self, tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+        first, second = self.factor_keys
+        return {
+            **tensors,
+            **dict(zip(self.factor_keys, self.resize(tensors[first], tensors[second], rank), strict=True)),
+        }

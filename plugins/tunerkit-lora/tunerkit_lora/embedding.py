@@ -1,0 +1,53 @@
+"""The maths of LoRA on an embedding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from tunerkit.errors import UnsupportedSiteError
+from tunerkit_lora.base import LowRankAdapter
+from tunerkit_lora.factors import starting_factors
+
+if TYPE_CHECKING:
+    from tunerkit.sites import Below, EmbeddingSite, Site
+    from tunerkit_lora.config import LoraConfig
+
+
+class LoraEmbedding(LowRankAdapter):
+    """``W + s (B A)^T`` for a table ``W`` of tokens x width.
+
+    ``A`` is r x tokens and starts at zero, ``B`` is width x r and starts at random. Tokens cannot be dropped in part,
+    so there is no dropout here, and as in PEFT there is no bias.
+    """
+
+    entries: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
+    factor_keys: ClassVar[tuple[str, str]] = ("lora_embedding_A", "lora_embedding_B")
+    kinds: ClassVar[frozenset[str]] = frozenset({"embedding"})
+
+    def __init__(self, site: EmbeddingSite, config: LoraConfig) -> None:
+        if config.lora_bias:
+            msg = (
+                f"The module {site.name!r} is an embedding, and lora_bias=True is for linear layers and convolutions. "
+                "Leave lora_bias out, or do not target it."
+            )
+            raise UnsupportedSiteError(msg)
+        super().__init__(site, config)
+        first, second = starting_factors(site, self.r, config)
+        self.lora_embedding_A = nn.Parameter(first)
+        self.lora_embedding_B = nn.Parameter(second)
+
+    def delta(self, base: Site) -> Tensor:
+        """Return ``s (B A)^T``, tokens x width."""
+        del base
+        return self.scaling * (self.lora_embedding_A.T @ self.lora_embedding_B.T)
+
+    def forward(self, x: Tensor, below: Below) -> Tensor:
+        """Return the inherited result from the rows that are asked for alone, where the layer only looks them up."""
+        base: EmbeddingSite = below.base  # type: ignore[assignment]
+        if not base.only_looks_up:
+            return super().forward(x, below)
+        y = below(x)
+        rows = base.look_up(x, self.lora_embedding_A.T) @ self.lora_embedding_B.T
+        return y + (self.scaling * rows).to(y.dtype)

@@ -1,0 +1,46 @@
+"""How the two factors of a LoRA adapter start."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tunerkit.sites import Site
+    from tunerkit_lora.config import LoraConfig
+
+
+def starting_factors(site: Site, rank: int, config: LoraConfig) -> tuple[Tensor, Tensor]:
+    """Return the factors ``A`` and ``B`` of a new adapter at a linear layer, an embedding or a convolution.
+
+    Args:
+        site: The layer.
+        rank: The rank there.
+        config: The settings; `init_lora_weights` says how to start.
+
+    Returns:
+        ``A``, rank x inputs, and ``B``, outputs x rank. The inputs of a convolution are its channels times the size of
+        its kernel, and ``B`` has as many columns as one of its groups has; those of an embedding are its tokens.
+    """
+    init = config.init_lora_weights
+    if site.kind == "embedding":
+        tokens, width = site.weight.shape
+        first = site.zeros(rank, tokens) if init else site.normal(rank, tokens)
+        return first, site.normal(width, rank)
+    groups: int = getattr(site, "groups", 1)
+    shape = rank, site.in_features * groups
+    first = site.normal(*shape, std=1 / rank) if init == "gaussian" else site.kaiming_uniform(*shape)
+    shape = site.out_features, rank // groups
+    return first, site.zeros(*shape) if init else site.kaiming_uniform(*shape)
+
+
+def starting_bias(site: Site, rank: int, config: LoraConfig) -> Tensor | None:
+    """Return the bias of the second factor of a new adapter, of size out, or None if it has none."""
+    if not config.lora_bias:
+        return None
+    if config.init_lora_weights:
+        return site.zeros(site.out_features)
+    groups: int = getattr(site, "groups", 1)
+    return site.uniform(site.out_features, bound=1 / math.sqrt(rank // groups))
