@@ -16,6 +16,7 @@ from tunerkit.functional import (
     load_peft_weights,
     set_peft_model_state_dict,
     use_adapter,
+    use_rows,
 )
 from tunerkit.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from tunerkit.layer import BaseTunerLayer
@@ -70,6 +71,7 @@ __all__ = [
     "register",
     "set_peft_model_state_dict",
     "use_adapter",
+    "use_rows",
 ]
 
 if TYPE_CHECKING:

@@ -157,10 +157,11 @@ class RoutedModel(AdaptedModel):
                 raise RouteError(msg)
         for layer in (layer for layer in layers if isinstance(layer, AdaptedLayer)):
             for name, adapter in layer.adapters.items():
-                if name in rows.names and adapter.crosses_rows is not None:
+                reason = adapter.crosses_rows or layer.site.crosses_rows
+                if name in rows.names and reason is not None:
                     msg = (
                         f"The adapter {name!r} on {layer.site.name!r} cannot be for some rows of a batch only: "
-                        f"{adapter.crosses_rows}. Use use_adapter({name!r}) and a batch of its own."
+                        f"{reason}. Use use_adapter({name!r}) and a batch of its own."
                     )
                     raise RouteError(msg)
 
