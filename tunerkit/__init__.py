@@ -20,6 +20,7 @@ from tunerkit.functional import (
     set_peft_model_state_dict,
     set_requires_grad,
     use_adapter,
+    use_rows,
 )
 from tunerkit.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from tunerkit.layer import BaseTunerLayer
@@ -94,6 +95,7 @@ __all__ = [
     "set_peft_model_state_dict",
     "set_requires_grad",
     "use_adapter",
+    "use_rows",
 ]
 
 if TYPE_CHECKING:

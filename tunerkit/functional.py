@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,9 @@ from tunerkit.plugins import get_method
 from tunerkit.tuner import BaseTuner, find_tuner
 
 if TYPE_CHECKING:
+    import contextlib
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -74,8 +74,7 @@ def inject_adapter_in_model(
     return model
 
 
-@contextlib.contextmanager
-def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> Iterator[None]:
+def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> contextlib.AbstractContextManager[None]:
     """Within the block, calls of an adapted model in this thread use these adapters; nothing on the model changes.
 
     Args:
@@ -86,8 +85,24 @@ def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> Iterator
         UnknownAdapterError: There is no such adapter.
         RouteError: Adapters are merged.
     """
-    with _tuner_of(model).use_adapter(adapter_name):
-        yield
+    return _tuner_of(model).use_adapter(adapter_name)
+
+
+def use_rows(
+    model: nn.Module, adapter_names: Sequence[str], repeats: int = 1
+) -> contextlib.AbstractContextManager[None]:
+    """Within the block, each row of the batches that an adapted model gets in this thread has an adapter of its own.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_names: The adapter of each row; `"__base__"` is the base model.
+        repeats: How often `generate` repeats each row; see `BaseTuner.use_rows`.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        RouteError: Rows of this model cannot have adapters of their own.
+    """
+    return _tuner_of(model).use_rows(adapter_names, repeats)
 
 
 def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunerkit import refusals, status
 from tunerkit.config import check_config
+from tunerkit.generation import repeats_in_generate
 from tunerkit.saved import name_or_path
 from tunerkit.stored_model import StoredModel
 
@@ -101,6 +102,10 @@ class PeftModel(StoredModel):
         """Within the block, calls of the model in this thread use these adapters; see `BaseTuner.use_adapter`."""
         return self.base_model.use_adapter(adapter_name)
 
+    def use_rows(self, adapter_names: Sequence[str], repeats: int = 1) -> contextlib.AbstractContextManager[None]:
+        """Within the block, each row of a batch has an adapter of its own; see `BaseTuner.use_rows`."""
+        return self.base_model.use_rows(adapter_names, repeats)
+
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model is the base model, bit for bit; what is merged is taken out and put back."""
@@ -115,14 +120,30 @@ class PeftModel(StoredModel):
 
     # Calls
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with the adapters that are active, or that this call is routed to."""
-        return self.base_model(*args, **refusals.own_arguments(kwargs))
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the model with the adapters that are active, or that this call is routed to.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model's `generate`, with the adapters that are active or that this call is routed to."""
-        refusals.refuse_around(self.base_model)
-        return self.get_base_model().generate(*args, **refusals.own_arguments(kwargs))  # type: ignore[operator]
+        Args:
+            args: The arguments of the base model.
+            adapter_names: The adapter of each row of the batch; `"__base__"` is the base model. See `use_rows`.
+            kwargs: The arguments of the base model, by name.
+        """
+        return self.base_model(*args, adapter_names=adapter_names, **refusals.own_arguments(kwargs))
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Call the base model's `generate`, with the adapters that are active or that this call is routed to.
+
+        Args:
+            args: The arguments of the base model's `generate`.
+            adapter_names: The adapter of each row of the batch; `"__base__"` is the base model. See `use_rows`.
+            kwargs: The arguments of the base model's `generate`, by name.
+        """
+        base: Any = self.get_base_model()
+        arguments = refusals.own_arguments(kwargs)
+        if adapter_names is None:
+            refusals.refuse_around(self.base_model)
+        with self.base_model.rows_of_call(adapter_names, args, arguments, repeats_in_generate(base, args, arguments)):
+            return base.generate(*args, **arguments)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -94,6 +94,7 @@ class Site:
 
     Attributes:
         kind: The kind of layer, by which a method says what it adapts.
+        crosses_rows: Why rows of one batch cannot have adapters of their own at such a layer, or None if they can.
         along: The names of children that are adapted along with the module.
         transposed: Whether the layer stores its weight in x out.
         module: The layer itself.
@@ -101,6 +102,7 @@ class Site:
     """
 
     kind: ClassVar[str] = "module"
+    crosses_rows: ClassVar[str | None] = None
     along: ClassVar[tuple[str, ...]] = ()
     transposed: ClassVar[bool] = False
     __slots__ = ("module", "name")
