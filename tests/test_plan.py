@@ -324,8 +324,9 @@ class TestUnsupported:
         model.config = {"model_type": "gpt2"}
         assert str(refusal(model, LoraConfig())) == (
             "The module 'c_attn' is a Conv1D, and 'lora' adapts linear layers, embeddings, attention layers "
-            "and convolutions (1d, 2d, 3d) only. It is one of the default targets of 'lora' for models of this type, which this version cannot "
-            "adapt yet. Set target_modules to other modules, if the model has any that can be adapted."
+            "and convolutions (1d, 2d, 3d) only. It is one of the default targets of 'lora' for models of this type, "
+            "which this version cannot adapt yet. Set target_modules to other modules, if the model has any that can be "
+            "adapted."
         )
 
     def test_kind_that_is_never_called(self):
