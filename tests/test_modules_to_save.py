@@ -206,8 +206,8 @@ class TestActive:
         model.add_adapter("other", LoraConfig(target_modules=["lin"]))
         before = Snapshot.of(model)
         message = (
-            "'a', 'b' cannot be active together: each has a copy of its own of the module 'head', and only one can take "
-            "its place. Choose one of them."
+            "'a', 'b' cannot be active together: each has a copy of its own of the module 'head', and only one can "
+            "take its place. Choose one of them."
         )
         for call in (model.set_adapter, lambda names: model.use_adapter(names).__enter__(), head_of(model).set_adapter):
             with pytest.raises(AdapterStateError) as caught:
@@ -409,8 +409,8 @@ class TestUnloading:
         with pytest.raises(MergeError) as caught:
             getattr(model, call)(adapter_names=["a", "b"])
         assert str(caught.value) == (
-            "'a', 'b' cannot be merged together: each has a copy of its own of the module 'head', and only one can stay "
-            "in its place. Merge one of them."
+            "'a', 'b' cannot be merged together: each has a copy of its own of the module 'head', and only one can "
+            "stay in its place. Merge one of them."
         )
         assert before.differences(model) == []
 
@@ -509,7 +509,7 @@ class TestFiles:
 
 
 class TestCopies:
-    @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301 - our own bytes
     def test_a_copy_of_the_model_has_copies_of_its_own(self, way):
         model = make("a", "b")
         other = way(model)
@@ -612,10 +612,11 @@ class TestMatching:
     def test_entry_that_matches_nothing_warns(self):
         with pytest.warns(TargetWarning) as caught:
             get_peft_model(make_base(), lora("heads", "norm"))
-        assert [str(one.message) for one in caught] == [
+        [warning] = caught
+        assert str(warning.message) == (
             "'heads' in modules_to_save matches nothing; closest: 'head', 'head.dense', 'head.out'. The other entries "
             "were matched."
-        ]
+        )
 
     def test_warning_made_an_error_leaves_the_model(self):
         base = make_base()
@@ -685,8 +686,8 @@ class TestRefusals:
         with pytest.raises(TypeError) as caught:
             get_peft_model(base, lora(name))
         assert str(caught.value) == (
-            f"modules_to_save means {name!r}, a {kind}, which is never called as a whole, so a copy of it would never be "
-            f"run. Name the modules in it: {inside}."
+            f"modules_to_save means {name!r}, a {kind}, which is never called as a whole, so a copy of it would never "
+            f"be run. Name the modules in it: {inside}."
         )
         assert before.differences(base) == []
         get_peft_model(base, lora("many.0"))

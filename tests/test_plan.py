@@ -106,6 +106,55 @@ class TestPlan:
         assert tunerkit.plan(wrapped.base_model, lora("q_proj")).decisions == expected
 
 
+class TestLayers:
+    def test_says_which_modules_are_left_out(self, model):
+        model.tail = nn.Sequential(nn.Linear(4, 4))
+        config = lora("q_proj", "v_proj", "tail.0", "0", layers_to_transform=1, layers_pattern=["h", "layers"])
+        found = tunerkit.plan(model, config)
+        assert found.adapted == ["layers.1.q_proj", "layers.1.v_proj", "tail.0"]
+        assert {item.name: item.reason for item in found.decisions if item.verdict == "excluded"} == dict.fromkeys(
+            ["layers.0", "layers.0.q_proj", "layers.0.v_proj"], "layers_to_transform"
+        )
+        assert found.entries == {"0": 2, "tail.0": 1, "q_proj": 2, "v_proj": 2}
+        assert found.layers == {1: 2, "h": 0, "layers": 4}
+        assert found.unmatched() == ["'h' in layers_pattern matches no layer with targeted modules"]
+
+    def test_a_number_that_no_layer_has_is_warned_about(self, model):
+        with pytest.warns(TargetWarning) as caught:
+            get_peft_model(model, lora("q_proj", layers_to_transform=[0, 7], exclude_modules=["layers.1.q_proj"]))
+        assert [str(item.message) for item in caught] == [
+            "7 in layers_to_transform matches no layer with targeted modules. The other entries were matched."
+        ]
+        assert not hasattr(model.layers[1].q_proj, "available_adapters")
+        assert model.layers[0].q_proj.available_adapters == ["default"]
+
+    def test_no_layer_at_all(self, model):
+        before = Snapshot.of(model)
+        with pytest.raises(NoMatchingPeftModuleError) as caught:
+            get_peft_model(model, lora("q_proj", "v_proj", layers_to_transform=[2, 3]))
+        assert str(caught.value) == (
+            "target_modules=['q_proj', 'v_proj'] matches modules such as 'layers.0.q_proj', and none that is in a "
+            "layer which layers_to_transform=[2, 3] means. A layer's number stands in the path after a name, which "
+            "layers_pattern can give."
+        )
+        with pytest.raises(NoMatchingPeftModuleError, match=r"which layers_to_transform=0, layers_pattern='h' means"):
+            get_peft_model(model, lora("q_proj", layers_to_transform=0, layers_pattern="h"))
+        assert before.differences(model) == []
+
+    def test_a_broken_pattern(self, model):
+        with pytest.raises(TargetError) as caught:
+            tunerkit.plan(model, lora("q_proj", layers_to_transform=0, layers_pattern=["layers", "("]))
+        assert str(caught.value).startswith(
+            "layers_pattern=['layers', '('] holds a broken regular expression for the name before a layer's number: "
+        )
+        assert str(caught.value).endswith("Mend it; mostly it is just that name, such as 'layers'.")
+
+    def test_a_state_dict_says_it_all(self, model):
+        config = lora("q_proj", layers_to_transform=0)
+        inject_adapter_in_model(config, model, state_dict={"layers.1.v_proj.lora_A.weight": torch.zeros(8, 4)})
+        assert model.layers[1].v_proj.available_adapters == ["default"]
+
+
 class TestUnmatched:
     def test_one_entry_of_several_is_warned_about(self, model):
         with pytest.warns(TargetWarning) as caught:
@@ -325,8 +374,8 @@ class TestUnsupported:
         assert str(refusal(model, LoraConfig())) == (
             "The module 'c_attn' is a Conv1D, and 'lora' adapts linear layers, embeddings, attention layers "
             "and convolutions (1d, 2d, 3d) only. It is one of the default targets of 'lora' for models of this type, "
-            "which this version cannot adapt yet. Set target_modules to other modules, if the model has any that can be "
-            "adapted."
+            "which this version cannot "
+            "adapt yet. Set target_modules to other modules, if the model has any that can be adapted."
         )
 
     def test_kind_that_is_never_called(self):

@@ -1,10 +1,11 @@
-"""Which modules a config means: PEFT's rules for names, suffixes and patterns, and "all-linear"."""
+"""Which modules a config means: PEFT's rules for names, suffixes, patterns and layer numbers, and "all-linear"."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tunerkit.config import TaskType
@@ -100,10 +101,58 @@ def _count_fits(setting: str, entry: str, paths: list[str]) -> int:
 
 
 def match_target(config: PeftConfig, key: str) -> str | re.Match[str] | None:
-    """Return what of a config's targets matches a module's path, or None if nothing does or it is excluded."""
-    if match_name(getattr(config, "exclude_modules", None), key):
+    """Return what of a config's targets matches a module's path, or None if nothing does or it is excluded.
+
+    Of a list of targets, an entry that is not the whole path means modules of the chosen layers only.
+    """
+    if match_name(getattr(config, "exclude_modules", None), key) is not None:
         return None
-    return match_name(getattr(config, "target_modules", None), key)
+    found = match_name(getattr(config, "target_modules", None), key)
+    if not isinstance(found, str) or found == key:
+        return found
+    layers = LayerChoice.of(config)
+    return found if layers is None or layers.has(key) else None
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Which of a model's repeated layers a config means: `layers_to_transform` and `layers_pattern`.
+
+    A layer's number stands in a module's path after a name: 3 in `model.layers.3.mlp.up_proj`. Without a pattern for
+    that name it is the first number after any name, so that the number of an expert within a layer is not taken for it.
+
+    Attributes:
+        numbers: The numbers of the layers.
+        patterns: Regexes for the name before the number; the first that fits decides.
+    """
+
+    numbers: tuple[int, ...]
+    patterns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: PeftConfig) -> LayerChoice | None:
+        """Return what a config chooses, or None if it means all layers."""
+        numbers: list[int] | int | None = getattr(config, "layers_to_transform", None)
+        if numbers is None or numbers == [] or isinstance(getattr(config, "target_modules", None), str):
+            return None
+        patterns: list[str] | str = getattr(config, "layers_pattern", None) or []
+        return cls(
+            (numbers,) if isinstance(numbers, int) else tuple(numbers),
+            (patterns,) if isinstance(patterns, str) else tuple(patterns),
+        )
+
+    def has(self, key: str) -> bool:
+        """Return whether a module's path leads into one of the layers."""
+        found = self.find(key)
+        return found is not None and found[0] in self.numbers
+
+    def find(self, key: str) -> tuple[int, str] | None:
+        """Return the number of the layer into which a path leads and the pattern that found it, or None."""
+        for pattern in self.patterns or (r"[^.]*",):
+            found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", key)
+            if found is not None:
+                return int(found["idx"]), pattern
+        return None
 
 
 def wants_all_linear(config: PeftConfig) -> bool:

@@ -6,8 +6,8 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunerkit import merge
-from tunerkit.adapted_model import AdaptedModel
 from tunerkit.attach import attach, make_part
+from tunerkit.biases import Biases, trained_biases
 from tunerkit.config import PeftConfig, check_config
 from tunerkit.errors import (
     AdapterNameError,
@@ -26,6 +26,7 @@ from tunerkit.modules_to_save import put_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
 from tunerkit.plan import Plan, make_plan
+from tunerkit.routed_model import RoutedModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from tunerkit.plugins.method import Method
 
 
-class BaseTuner(HookCalls, AdaptedModel):
+class BaseTuner(HookCalls, RoutedModel):
     """A model with adapters.
 
     Every tuner can hold adapters of every method. A method's own class (`LoraModel`) may override the three methods
@@ -170,6 +171,9 @@ class BaseTuner(HookCalls, AdaptedModel):
                 "name, or take it out first with delete_adapter() or unload()."
             )
             raise AdapterNameError(msg)
+        which = trained_biases(config)
+        if which is not None:
+            self.biases.check_free()
         plan = self.plan(config, state_dict)
         with Journal() as journal:
             journal.note_module(self)
@@ -188,12 +192,17 @@ class BaseTuner(HookCalls, AdaptedModel):
                 meta=low_cpu_mem_usage,
             )
             layers += put_copies(plan.copies, adapter_name, self.owner, journal)
+            if which is not None:
+                self.biases = Biases(adapter_name, which, model)
             self.peft_config[adapter_name] = plan.config
             model.__dict__["peft_config"] = self.peft_config
             self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             self._activate_new(layers, adapter_name, frozen=plan.config.inference_mode)
             # A warning may be made an error, and then the adapter is not put in.
-            for sentence in plan.unmatched():
+            unmatched = plan.unmatched()
+            if which is not None and not self.biases.kept:
+                unmatched.append(f"bias={which!r} trains nothing, for there is no bias to train")
+            for sentence in unmatched:
                 warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=2)
             for sentence in plan.corrections:
                 warnings.warn(ConfigWarning(f"{sentence}; it was corrected in the completed config."), stacklevel=2)
@@ -222,7 +231,7 @@ class BaseTuner(HookCalls, AdaptedModel):
             self.set_adapter(active, inference_mode=frozen)
             return
         if name in self.parts:
-            self._set_part(self.parts[name], trains=False)
+            self._set_beside(name, trains=False)
         for layer in layers:
             layer.set_requires_grad(name, requires_grad=False)
             if layer.available_adapters == [name]:
@@ -243,6 +252,8 @@ class BaseTuner(HookCalls, AdaptedModel):
         if any(adapter_name in layer.merged_adapters for layer in layers):
             msg = f"The adapter {adapter_name!r} is merged. Call unmerge_adapter() before deleting it."
             raise AdapterStateError(msg)
+        if self.biases.name == adapter_name:
+            self.biases.check_unmerged(layers)
         rest = [name for name in self.active_adapters if name != adapter_name]
         others = sorted(name for name in self.peft_config if name != adapter_name)
         with Journal() as journal:
@@ -257,7 +268,9 @@ class BaseTuner(HookCalls, AdaptedModel):
                 msg = f"The active adapter {adapter_name!r} was deleted; {others[0]!r} of {listing(others)} is now."
                 warnings.warn(AdapterWarning(msg), stacklevel=2)
                 merge.note_layers(journal, layers, flags=True)
-                self.set_adapter(others[0])
+                self.set_adapter(others[:1])
+            if self.biases.name == adapter_name:
+                self._give_up_biases(journal, keep=False)
             for layer in layers:
                 layer.delete_adapter(adapter_name)
             merge.unwrap(self.model, journal, only_empty=True)

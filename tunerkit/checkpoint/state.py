@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.adapter import Adapter
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.errors import CheckpointError
 from tunerkit.journal import Journal
@@ -22,7 +21,7 @@ from tunerkit.layer import BaseTunerLayer, entry_name, tuner_layers
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from tunerkit.adapter import Part
+    from tunerkit.adapter import Adapter, Part
 
 PREFIX = "base_model.model."
 
@@ -36,7 +35,8 @@ class Piece:
         holder: The layer, or the tuner for the model-wide part.
         name: The adapter's name.
         tensors: Its tensors by their key below `path`.
-        adapter: The adapter, if it is one that knows a form of its own for checkpoints.
+        adapter: The adapter, if a checkpoint holds its tensors in another form than it does.
+        in_model: Whether the tensors are in the model's state now, rather than kept for another time.
     """
 
     path: str
@@ -44,6 +44,7 @@ class Piece:
     name: str
     tensors: dict[str, Tensor]
     adapter: Adapter | None = None
+    in_model: bool = True
 
     def key(self, local: str) -> str:
         """Return a tensor's key in a checkpoint."""
@@ -76,6 +77,22 @@ def pieces(model: nn.Module, name: str, prefix: str, parts: Mapping[str, Part], 
     return found
 
 
+def piece_of(path: str, layer: BaseTunerLayer, name: str, prefix: str) -> Piece:
+    """Return what one layer holds of an adapter.
+
+    Args:
+        path: Where the layer is in the base model.
+        layer: The layer.
+        name: The adapter's name.
+        prefix: What stands before the layers' paths in keys.
+    """
+    tensors = layer.adapter_tensors(name)
+    adapter = layer.adapters.get(name) if isinstance(layer, AdaptedLayer) else None
+    own = adapter if adapter is not None and adapter.to_checkpoint(tensors) is not tensors else None
+    clean = f"{prefix}{path}.".replace("_orig_mod.", "").removesuffix(".")
+    return Piece(clean, layer, name, tensors, own)  # type: ignore[arg-type]
+
+
 def _levels(model: nn.Module, name: str) -> list[tuple[str, BaseTunerLayer]]:
     """Return the layers with an adapter, by the paths that they would have in a model without other adapters.
 
@@ -105,21 +122,6 @@ def _order(layer: BaseTunerLayer) -> int:
     return -1 if name is None else list(layer.get_base_layer()._parameters).index(name)
 
 
-def piece_of(path: str, layer: BaseTunerLayer, name: str, prefix: str) -> Piece:
-    """Return what one layer holds of an adapter.
-
-    Args:
-        path: Where the layer is in the base model.
-        layer: The layer.
-        name: The adapter's name.
-        prefix: What stands before the layers' paths in keys.
-    """
-    adapter = layer.adapters.get(name) if isinstance(layer, AdaptedLayer) else None
-    own = adapter if adapter is not None and type(adapter).to_checkpoint is not Adapter.to_checkpoint else None
-    clean = f"{prefix}{path}.".replace("_orig_mod.", "").removesuffix(".")
-    return Piece(clean, layer, name, layer.adapter_tensors(name), own)  # type: ignore[arg-type]
-
-
 def collect(
     found: list[Piece], state_dict: Mapping[str, Tensor] | None = None, path_of: Callable[[Piece], str] | None = None
 ) -> dict[str, Tensor]:
@@ -136,7 +138,7 @@ def collect(
     tensors: dict[str, Tensor] = {}
     for piece in found:
         own = {key: tensor.detach() for key, tensor in piece.tensors.items()}
-        if state_dict is not None and path_of is not None:
+        if state_dict is not None and path_of is not None and piece.in_model:
             where = {key: f"{path_of(piece)}{piece.named(key)}" for key in own}
             lost = [name for name in where.values() if name not in state_dict]
             if lost:
@@ -148,6 +150,43 @@ def collect(
             own = {key: state_dict[name] for key, name in where.items()}
         tensors.update({piece.key(local): tensor for local, tensor in piece.in_file(own).items()})
     return tensors
+
+
+def make_standalone(
+    found: list[Piece], tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors in their standalone form, by their keys in a checkpoint.
+
+    Args:
+        found: What the model holds of the adapter.
+        tensors: Its tensors by their keys in a checkpoint.
+        initial: The same tensors as they were before training.
+
+    Raises:
+        CheckpointError: The initial tensors lack one of the adapter, or one has another shape.
+    """
+    given = None if initial is None else {_known(key, set(tensors)): tensor for key, tensor in initial.items()}
+    made = dict(tensors)
+    for piece in found:
+        adapter = piece.holder.adapters.get(piece.name) if isinstance(piece.holder, AdaptedLayer) else None
+        if adapter is not None:
+            keys = {local: piece.key(local) for local in piece.in_file(piece.tensors)}
+            before = None if given is None else {local: _as_before(key, tensors, given) for local, key in keys.items()}
+            own = {local: made.pop(key) for local, key in keys.items()}
+            made.update({piece.key(local): value for local, value in adapter.standalone(own, before).items()})
+    return made
+
+
+def _as_before(key: str, tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> Tensor:
+    found = initial.get(key)
+    if found is None or found.shape != tensors[key].shape:
+        what = "lacks it" if found is None else f"has it as {tuple(found.shape)}"
+        msg = (
+            f"The adapter's {key} is {tuple(tensors[key].shape)}, and the initial adapter {what}. Give the folder of "
+            "this very adapter as it was saved before training."
+        )
+        raise CheckpointError(msg)
+    return found.to(tensors[key])
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return batch x length x 3."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.head(torch.tanh(self.words(tokens) + self.places(places)))  # type: ignore[no-any-return]
 
 
