@@ -311,6 +311,29 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Return by how much an adapter alone changes the base layer's weight; see `tunerkit.folding.delta_weight`."""
         return delta_weight(self.bare_site, self._adapters, adapter_name)
 
+    def check_merge(self, names: Sequence[str]) -> None:
+        """Raise `MergeError` if an adapter has no merged form, or would be merged past one it does not commute with."""
+        merge_order(self, names)
+
+    def merge_for_good(self, names: list[str]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Merge adapters and give them up; nothing can be unmerged after that.
+
+        Returns:
+            The base layer's parameters that were given up, each with the one in its place.
+        """
+        self.merge(adapter_names=names)
+        originals = {} if self._merged is None else self._merged.originals
+        merged = self.merged_adapters
+        self.__dict__["_merged"] = None
+        self.__dict__["_active_adapter"] = [name for name in self.active_adapters if name not in merged]
+        for name in merged:
+            del self._adapters[name]
+        withdraw(self, self._adapters)  # type: ignore[arg-type]
+        self._settle()
+        now = self.site.owner._parameters
+        pairs = ((old, now[name]) for name, old in originals.items())
+        return [(old, heir) for old, heir in pairs if old is not None and heir is not None]
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter adds something to the weight, so that it can be turned into a low-rank one."""
         return isinstance(self._adapters.get(adapter_name), AdditiveAdapter)
