@@ -123,6 +123,20 @@ class Adapter(nn.Module):
         """Return a checkpoint's tensors in the form in which this adapter holds them: `to_checkpoint` in reverse."""
         return tensors
 
+    def standalone(self, tensors: dict[str, Tensor], initial: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return tensors that say all of what this adapter does, to a base that nothing was taken off.
+
+        A method whose adapters lean on something that a checkpoint does not hold (a start that is derived again) has
+        this form beside its own, and says what config goes with it in `PeftConfig.standalone`.
+
+        Args:
+            tensors: The adapter's tensors in the form of a checkpoint, by their keys below the layer.
+            initial: The same tensors as they were before training, if they were saved; the effect that they have is to
+                be taken off.
+        """
+        del initial
+        return tensors
+
 
 class AdditiveAdapter(Adapter):
     """A method that adds something to the weight."""

@@ -185,6 +185,23 @@ class PeftConfig:
         """Whether the method is PEFT's adaption prompt."""
         return False
 
+    @property
+    def saved_standalone(self) -> bool:
+        """Whether an adapter is always saved in its standalone form, because its own could not be read back."""
+        return False
+
+    def standalone(self) -> Self:
+        """Return the config of an adapter in its standalone form; see `Adapter.standalone`.
+
+        Raises:
+            ConfigError: The method has no such form.
+        """
+        msg = (
+            f"An adapter of {self.peft_type} takes nothing off the base model, so there is nothing to convert. Leave "
+            "path_initial_model_for_weight_conversion out."
+        )
+        raise ConfigError(msg)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that belong in a checkpoint, as a dict of plain values."""
         saved = [item.name for item in dataclasses.fields(self) if rule_of(item).saved]

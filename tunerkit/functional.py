@@ -122,7 +122,7 @@ def get_peft_model_state_dict(
     if save_embedding_layers not in ("auto", False):
         msg = f"save_embedding_layers={save_embedding_layers!r} is not supported by this version; leave it at 'auto'."
         raise ConfigError(msg)
-    found = _pieces(model, adapter_name)
+    found = pieces_of(model, adapter_name)
     names = {id(module): name for name, module in model.named_modules()} if state_dict is not None else {}
 
     def path_of(piece: Piece) -> str:
@@ -198,7 +198,12 @@ def _renamed(key: str, mapping: Mapping[str, str]) -> str:
     return key
 
 
-def _pieces(model: nn.Module, name: str) -> list[Piece]:
+def pieces_of(model: nn.Module, name: str) -> list[Piece]:
+    """Return what a model holds of an adapter.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+    """
     tuner = find_tuner(model)
     if tuner is not None:
         tuner.check_known([name])
@@ -222,4 +227,4 @@ def loading_for(model: nn.Module, name: str, tensors: Mapping[str, Any]) -> Load
     if any(name in layer.merged_adapters for _, layer in tuner_layers(model)):
         msg = f"The adapter {name!r} is merged, so new tensors would have no effect. Call unmerge_adapter() first."
         raise AdapterStateError(msg)
-    return Loading(_pieces(model, name), tensors)
+    return Loading(pieces_of(model, name), tensors)

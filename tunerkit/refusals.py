@@ -94,22 +94,14 @@ def refuse_adapted(model: nn.Module) -> None:
         raise AdapterStateError(msg)
 
 
-def refuse_options(safe_serialization: bool, path_initial_model_for_weight_conversion: str | None) -> None:
-    """Raise if a checkpoint is to be written in a way that is not supported.
-
-    Raises:
-        CheckpointError: It is to be a pickle.
-        ConfigError: The weights are to be converted.
-    """
+def refuse_pickle(safe_serialization: bool) -> None:
+    """Raise `CheckpointError` if a checkpoint is to be a pickle."""
     if not safe_serialization:
         msg = (
             "safe_serialization=False would write a pickle, which can run code when it is loaded. Leave it out; a "
             "reader that needs a .bin can convert the safetensors file with torch.save."
         )
         raise CheckpointError(msg)
-    if path_initial_model_for_weight_conversion is not None:
-        msg = "path_initial_model_for_weight_conversion is not supported by this version; leave it out."
-        raise ConfigError(msg)
 
 
 class MissingAttributeError(AttributeError):

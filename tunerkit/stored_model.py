@@ -18,6 +18,7 @@ from tunerkit.names import RESERVED_NAMES
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
 from tunerkit.saved import SavedAdapter, config_to_save, metadata, refuse_offload
+from tunerkit.standalone import standalone
 from tunerkit.tuner import BaseTuner
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class StoredModel(nn.Module):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Write adapters as PEFT does: `default` into the folder, every other one into a folder below it.
@@ -157,14 +158,16 @@ class StoredModel(nn.Module):
             selected_adapters: Which; all if not given.
             save_embedding_layers: See `get_peft_model_state_dict`.
             is_main_process: Whether this process writes, where several call this.
-            path_initial_model_for_weight_conversion: Not supported by this version.
+            path_initial_model_for_weight_conversion: The folder in which the adapter was saved before training. What
+                is written is then its standalone form, which needs no start: a plain adapter for the unchanged base.
             state_dict: The model's state, gathered elsewhere, to take the values from.
 
         Raises:
             UnknownAdapterError: There is no such adapter.
+            ConfigError: An adapter is to be converted, and its method has no standalone form.
             CheckpointError: The folder or the values cannot be written; what was there is whole.
         """
-        refusals.refuse_options(safe_serialization, path_initial_model_for_weight_conversion)
+        refusals.refuse_pickle(safe_serialization)
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names)
         if not names:
@@ -175,11 +178,12 @@ class StoredModel(nn.Module):
             tensors = get_peft_model_state_dict(
                 self, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
             )
+            config = self.peft_config[name]
+            if path_initial_model_for_weight_conversion is not None or config.saved_standalone:
+                config, tensors = standalone(self, name, config, tensors, path_initial_model_for_weight_conversion)
             if is_main_process:
-                config = config_to_save(self.peft_config[name], self.get_base_model())
-                write_checkpoint(
-                    folder if name == "default" else folder / name, config, tensors, metadata(self.peft_config[name])
-                )
+                values = config_to_save(config, self.get_base_model())
+                write_checkpoint(folder if name == "default" else folder / name, values, tensors, metadata(config))
 
     push_to_hub = refusals.refuse_push_to_hub
 

@@ -121,6 +121,43 @@ def collect(
     return tensors
 
 
+def make_standalone(
+    found: list[Piece], tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors in their standalone form, by their keys in a checkpoint.
+
+    Args:
+        found: What the model holds of the adapter.
+        tensors: Its tensors by their keys in a checkpoint.
+        initial: The same tensors as they were before training.
+
+    Raises:
+        CheckpointError: The initial tensors lack one of the adapter, or one has another shape.
+    """
+    given = None if initial is None else {_known(key, set(tensors)): tensor for key, tensor in initial.items()}
+    made = dict(tensors)
+    for piece in found:
+        adapter = piece.holder.adapters.get(piece.name) if isinstance(piece.holder, AdaptedLayer) else None
+        if adapter is not None:
+            keys = {local: piece.key(local) for local in piece.in_file(piece.tensors)}
+            before = None if given is None else {local: _as_before(key, tensors, given) for local, key in keys.items()}
+            own = {local: made.pop(key) for local, key in keys.items()}
+            made.update({piece.key(local): value for local, value in adapter.standalone(own, before).items()})
+    return made
+
+
+def _as_before(key: str, tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> Tensor:
+    found = initial.get(key)
+    if found is None or found.shape != tensors[key].shape:
+        what = "lacks it" if found is None else f"has it as {tuple(found.shape)}"
+        msg = (
+            f"The adapter's {key} is {tuple(tensors[key].shape)}, and the initial adapter {what}. Give the folder of "
+            "this very adapter as it was saved before training."
+        )
+        raise CheckpointError(msg)
+    return found.to(tensors[key])
+
+
 @dataclass(frozen=True)
 class _Assignment:
     piece: Piece

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from tunerkit_lora.inits import special_factors
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,6 +27,9 @@ def starting_factors(site: Site, rank: int, config: LoraConfig) -> tuple[Tensor,
         its kernel, and ``B`` has as many columns as one of its groups has; those of an embedding are its tokens.
     """
     init = config.init_lora_weights
+    # As in PEFT, embeddings start as ever where a start is not for them.
+    if isinstance(init, str) and init != "gaussian" and (site.kind != "embedding" or init == "mica"):
+        return special_factors(site, rank, init, config.scaling_for(site.name))
     if site.kind == "embedding":
         tokens, width = site.weight.shape
         first = site.zeros(rank, tokens) if init else site.normal(rank, tokens)
