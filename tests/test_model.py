@@ -269,8 +269,8 @@ class TestSave:
             ConfigError, match="path_initial_model_for_weight_conversion is not supported by this version"
         ):
             model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion="x")
-        with pytest.raises(ConfigError, match="save_embedding_layers=True is not supported"):
-            model.save_pretrained(tmp_path / "out", save_embedding_layers=True)
+        with pytest.raises(ConfigError, match="save_embedding_layers must be 'auto', True or False; it is 'no'"):
+            model.save_pretrained(tmp_path / "out", save_embedding_layers="no")
         assert not (tmp_path / "out").exists()
 
     def test_meta_tensors_are_not_saved(self, tmp_path):
