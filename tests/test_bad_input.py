@@ -119,8 +119,8 @@ class TestTargets:
         model, attach, _ = given
         message = refusal(model, attach, "new", lora("0", "1"), error=UnsupportedSiteError)
         assert message == (
-            "The module '1' is a Sequential, and 'lora' adapts linear layers, embeddings and convolutions (1d, 2d, 3d) "
-            "only. It contains '1.0': target those."
+            "The module '1' is a Sequential, and 'lora' adapts linear layers, embeddings, attention layers "
+            "and convolutions (1d, 2d, 3d) only. It contains '1.0': target those."
         )
 
     def test_nothing_said(self, given):

@@ -95,6 +95,18 @@ def test_second_adapter_without_copies():
     pair.check_merged()
 
 
+def test_rows_of_a_batch():
+    # PEFT can do it for plain layers only, and not for the whole head.
+    config = LoraConfig(target_modules=["lin"], r=2, modules_to_save=["head.out"])
+    pair = Pair(make_base(), config, inputs())
+    pair.add("other", config)
+    names = ["other", "default", "__base__", "other", "default"]
+    with torch.no_grad():
+        ours = pair.ours(**pair.inputs, adapter_names=names)
+        theirs = pair.theirs(**pair.inputs, adapter_names=names)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_unloading():
     pair = Pair(make_base(), CONFIGS[0], inputs())
     assert torch.equal(run(pair.ours.unload(), pair.inputs), run(pair.base, pair.inputs))

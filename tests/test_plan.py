@@ -358,8 +358,8 @@ class TestUnsupported:
         assert isinstance(error, UnsupportedSiteError)
         assert isinstance(error, TypeError)
         assert str(error) == (
-            "The module 'layers.0' is a Block, and 'lora' adapts linear layers, embeddings and convolutions (1d, 2d, "
-            "3d) only. It contains 'layers.0.q_proj', 'layers.0.v_proj': target those."
+            "The module 'layers.0' is a Block, and 'lora' adapts linear layers, embeddings, attention layers "
+            "and convolutions (1d, 2d, 3d) only. It contains 'layers.0.q_proj', 'layers.0.v_proj': target those."
         )
 
     def test_without_such_children(self, model):
@@ -372,8 +372,9 @@ class TestUnsupported:
         model = nn.ModuleDict({"c_attn": Conv1D(), "head": nn.Linear(4, 2)})
         model.config = {"model_type": "gpt2"}
         assert str(refusal(model, LoraConfig())) == (
-            "The module 'c_attn' is a Conv1D, and 'lora' adapts linear layers, embeddings and convolutions (1d, 2d, "
-            "3d) only. It is one of the default targets of 'lora' for models of this type, which this version cannot "
+            "The module 'c_attn' is a Conv1D, and 'lora' adapts linear layers, embeddings, attention layers "
+            "and convolutions (1d, 2d, 3d) only. It is one of the default targets of 'lora' for models of this type, "
+            "which this version cannot "
             "adapt yet. Set target_modules to other modules, if the model has any that can be adapted."
         )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,13 +10,13 @@ from torch import nn
 from tunerkit import merge
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.biases import Biases
-from tunerkit.errors import AdapterNameError, MergeWarning, RouteError, UnknownAdapterError
+from tunerkit.errors import AdapterNameError, MergeWarning, UnknownAdapterError
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, MethodMeta, tuner_layers
 from tunerkit.model_config import config_dict, config_of
 from tunerkit.names import withdraw
 from tunerkit.naming import closest, given_names, listing
-from tunerkit.route import Owner, current, hold_in_backward, hold_routes, routed
+from tunerkit.route import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -161,7 +159,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             self.unmerge_adapter()
             for layer in layers:
                 layer.set_adapter(names, inference_mode=inference_mode)
-            self.active_adapter = names
+            self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
             for name in self._beside():
                 self._set_beside(name, trains=name in names and not inference_mode)
             self.biases.show(trained=self.biases.name in names and not self.disabled)
@@ -238,48 +236,6 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
                 parameter.requires_grad_(enabled)
             if enabled:
                 self._trained_parts = []
-
-    @contextlib.contextmanager
-    def use_adapter(self, adapter_name: str | Sequence[str]) -> Iterator[None]:
-        """Within the block, calls of the model in this thread use these adapters; what is active does not change.
-
-        It holds in the backward of those calls too, also when that runs after the block; for that, the base model has a
-        forward hook while the block lasts. No names: the base model.
-
-        Raises:
-            UnknownAdapterError: There is no such adapter.
-            RouteError: Adapters are merged, or a layer written by hand would use others.
-            AdapterStateError: They cannot be active together.
-        """
-        names = tuple(self._names(adapter_name))
-        layers = list(self.layers())
-        self._check_together(layers, names)
-        merged = next((layer.merged_adapters for layer in layers if layer.merged), None)
-        if merged:
-            msg = (
-                f"{listing(merged)} is merged into the model, so calls cannot be routed. Call unmerge_adapter() first."
-            )
-            raise RouteError(msg)
-        self.biases.check_routed(names)
-        for layer in layers:
-            self._make_routable(layer, names)
-        # A script may call the base model, which then runs without the tuner around it.
-        with hold_routes(self.model, self.owner, lambda: tuple(self.active_adapters)), routed(self.owner, names):
-            yield
-
-    def _make_routable(self, layer: BaseTunerLayer, names: Sequence[str]) -> None:
-        """See to it that a layer follows the model's routes; one written by hand cannot and raises `RouteError`."""
-        if layer.follows_routes:
-            layer.__dict__["_owner"] = self.owner  # a layer that was copied by itself brought an owner of its own
-            return
-        here = layer.available_adapters
-        runs = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in here]
-        if runs != [name for name in names if name in here]:
-            msg = (
-                f"Calls cannot be routed to {listing(names)}: a {type(layer).__name__} was put in by its method's own "
-                f"code, which does not know of routes and runs {listing(runs)}. Call set_adapter() instead."
-            )
-            raise RouteError(msg)
 
     # Merging
 
@@ -367,23 +323,6 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     # nn.Module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with the adapters that are active, or that this call is routed to."""
-        route = self._route()
-        names = tuple(self.active_adapters) if route is None else route
-        call: Any = self.model
-        for name in names if self.parts else ():
-            if name in self.parts:
-                call = functools.partial(self.parts[name].around, call)
-        outputs = call(*args, **kwargs)
-        hold_in_backward(outputs, self.owner, route, names)
-        return outputs
-
-    def _route(self) -> tuple[str, ...] | None:
-        """Return the adapters that a call is routed to now; switched off is a route to none."""
-        names = current(self.owner)
-        return () if names is None and self.disabled else names
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, for the model-wide parts too, which stand outside the module tree."""

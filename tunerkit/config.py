@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import enum
 import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from tunerkit._typecheck import describe, fits
-from tunerkit.errors import ConfigError
+from tunerkit.errors import ConfigError, TunerkitError
+from tunerkit.keywords import HUB_KEYWORDS
 from tunerkit.naming import closest, listing, method_id, peft_type_name
+from tunerkit.peft_types import PeftType, TaskType
 from tunerkit.settings import default_of, is_empty, is_unbuilt, rule_of, setting, unbuilt
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
 
     from typing_extensions import Self
 
@@ -29,6 +29,7 @@ __all__ = [
     "TaskType",
     "built_settings",
     "check_config",
+    "check_if_peft_model",
     "config_class",
     "get_peft_config",
     "setting",
@@ -39,60 +40,6 @@ PEFT_FORMAT_VERSION = "0.21.2"
 """The version of PEFT whose checkpoint format is written."""
 
 Config = TypeVar("Config", bound="PeftConfig")
-
-
-class TaskType(str, enum.Enum):
-    """What a model is used for, with PEFT's names."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"  # noqa: S105 - a task, no password
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class _InstalledTypes(type):
-    """Finds `PeftType.X` among the methods that are installed, because there is no closed list of them."""
-
-    def __getattr__(cls, name: str) -> PeftType:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        known = {kind.value: kind for kind in cls}
-        if name not in known:
-            msg = f"No installed package offers a method of the type {name!r}; installed are {listing(known)}."
-            raise AttributeError(msg)
-        return known[name]
-
-    def __iter__(cls) -> Iterator[PeftType]:
-        from tunerkit.plugins import method_ids  # noqa: PLC0415 - the plugins' room is above this one
-
-        return iter([PeftType(peft_type_name(method)) for method in method_ids()])
-
-    def __dir__(cls) -> list[str]:
-        return [*super().__dir__(), *(kind.value for kind in cls)]
-
-
-class PeftType(str, metaclass=_InstalledTypes):
-    """The type of a method as it stands in a checkpoint, such as `PeftType.LORA`; equal to its text."""
-
-    __slots__ = ()
-
-    @property
-    def value(self) -> str:
-        """The type as text."""
-        return str(self)
-
-    @property
-    def name(self) -> str:
-        """The type as text, as an enum's member has it."""
-        return str(self)
-
-    def __repr__(self) -> str:
-        return f"<PeftType.{self}>"
 
 
 @dataclass
@@ -204,6 +151,23 @@ class PeftConfig:
         """Whether the method is PEFT's adaption prompt."""
         return False
 
+    @property
+    def saved_standalone(self) -> bool:
+        """Whether an adapter is always saved in its standalone form, because its own could not be read back."""
+        return False
+
+    def standalone(self) -> Self:
+        """Return the config of an adapter in its standalone form; see `Adapter.standalone`.
+
+        Raises:
+            ConfigError: The method has no such form.
+        """
+        msg = (
+            f"An adapter of {self.peft_type} takes nothing off the base model, so there is nothing to convert. Leave "
+            "path_initial_model_for_weight_conversion out."
+        )
+        raise ConfigError(msg)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that belong in a checkpoint, as a dict of plain values."""
         saved = [item.name for item in dataclasses.fields(self) if rule_of(item).saved]
@@ -233,7 +197,8 @@ class PeftConfig:
         Args:
             pretrained_model_name_or_path: The checkpoint's folder.
             subfolder: A folder below it, for adapters that were saved beside others.
-            overrides: Values for settings that the file does not hold; the file's values win, as in PEFT.
+            overrides: Values for settings that the file does not hold; the file's values win, as in PEFT. What a
+                download would take (`revision`, `token`) says nothing of a folder.
 
         Returns:
             A config of the class of the checkpoint's method.
@@ -247,7 +212,19 @@ class PeftConfig:
 
         folder = pretrained_model_name_or_path
         values = read_config(Path(folder, subfolder) if subfolder else folder)
-        return cls.from_peft_type(**{**overrides, **values})
+        given = {name: value for name, value in overrides.items() if name not in HUB_KEYWORDS}
+        return cls.from_peft_type(**{**given, **values})
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """Return the settings that a config's file holds, unchecked.
+
+        Raises:
+            CheckpointError: The file is not there or cannot be read.
+        """
+        from tunerkit.checkpoint.files import read_json  # noqa: PLC0415 - above this room, and only needed here
+
+        return read_json(Path(path_json_file))
 
     @classmethod
     def from_peft_type(cls, /, **values: Any) -> PeftConfig:
@@ -345,6 +322,15 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
         ConfigError: `peft_type` is missing, or a setting is wrong, or is unknown and matters.
     """
     return PeftConfig.from_peft_type(**config_dict)
+
+
+def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
+    """Return whether a folder holds the config of an adapter whose method is installed and can be used."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except TunerkitError:
+        return False
+    return True
 
 
 def _provider(cls: type[PeftConfig]) -> str:

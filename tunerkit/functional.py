@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +12,16 @@ from tunerkit.checkpoint.state import PREFIX, Loading, Piece, collect, pieces
 from tunerkit.config import check_config
 from tunerkit.embeddings import check_writable, embeddings_to_load, embeddings_to_save
 from tunerkit.errors import AdapterStateError, TargetError, UnknownAdapterError
+from tunerkit.keywords import check_loading
 from tunerkit.layer import tuner_layers
 from tunerkit.naming import listing
 from tunerkit.plugins import get_method
 from tunerkit.tuner import BaseTuner, find_tuner
 
 if TYPE_CHECKING:
+    import contextlib
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -75,8 +76,7 @@ def inject_adapter_in_model(
     return model
 
 
-@contextlib.contextmanager
-def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> Iterator[None]:
+def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> contextlib.AbstractContextManager[None]:
     """Within the block, calls of an adapted model in this thread use these adapters; nothing on the model changes.
 
     Args:
@@ -87,12 +87,71 @@ def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> Iterator
         UnknownAdapterError: There is no such adapter.
         RouteError: Adapters are merged.
     """
-    tuner = find_tuner(model)
-    if tuner is None and not any(True for _ in tuner_layers(model)):
-        msg = f"The model ({type(model).__name__}) has no adapters. Attach one with get_peft_model(model, config)."
-        raise UnknownAdapterError(msg)
-    with (tuner or BaseTuner.around(model)).use_adapter(adapter_name):
-        yield
+    return _tuner_of(model).use_adapter(adapter_name)
+
+
+def use_rows(
+    model: nn.Module, adapter_names: Sequence[str], repeats: int = 1
+) -> contextlib.AbstractContextManager[None]:
+    """Within the block, each row of the batches that an adapted model gets in this thread has an adapter of its own.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_names: The adapter of each row; `"__base__"` is the base model.
+        repeats: How often `generate` repeats each row; see `BaseTuner.use_rows`.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        RouteError: Rows of this model cannot have adapters of their own.
+    """
+    return _tuner_of(model).use_rows(adapter_names, repeats)
+
+
+def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    """Make adapters of a model active and trainable, and freeze the others; see `BaseTuner.set_adapter`.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_name: One name or several, which stand on one another in this order.
+        inference_mode: Keep the active ones frozen too.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        AdapterStateError: They cannot be active together.
+    """
+    _tuner_of(model).set_adapter(adapter_name, inference_mode=inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Say whether adapters of a model train, whether they are active or not; unknown names are passed over.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_names: One name or several.
+        requires_grad: Whether they train.
+    """
+    _tuner_of(model).set_requires_grad(adapter_names, requires_grad)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "") -> list[str] | None:
+    """Take an adapter out of a model, its config too; layers that hold no other become the base layers they were.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_name: The adapter's name.
+        prefix: Accepted for PEFT's sake; layers are found by what they hold, whatever they are called.
+
+    Returns:
+        The names of the adapters that are active now, or None if there are none.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        AdapterStateError: It is merged.
+    """
+    del prefix
+    tuner = _tuner_of(model)
+    tuner.delete_adapter(adapter_name)
+    return tuner.active_adapters or None
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -130,7 +189,7 @@ def get_peft_model_state_dict(
         CheckpointError: The given state lacks a tensor of the adapter.
     """
     del unwrap_compiled
-    found = _pieces(model, adapter_name)
+    found = pieces_of(model, adapter_name)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None:
         base, prefix = _base(model)
@@ -180,6 +239,7 @@ def load_peft_weights(
     model_id: str | os.PathLike[str],
     device: str | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint.
 
@@ -187,10 +247,13 @@ def load_peft_weights(
         model_id: The checkpoint's folder.
         device: Where the tensors are to be; the CPU if not given.
         key_mapping: Patterns and what replaces them in the keys below the base model; the first that matches counts.
+        kwargs: What PEFT would pass to a download; see `tunerkit.keywords`.
 
     Raises:
+        KeywordError: A keyword argument is unknown.
         CheckpointError: The file is not there or cannot be read.
     """
+    check_loading("load_peft_weights", kwargs, ("device", "key_mapping"))
     tensors = read_tensors(model_id, "cpu" if device is None else device)
     return renamed(tensors, key_mapping)
 
@@ -216,7 +279,21 @@ def _base(model: nn.Module) -> tuple[nn.Module, str]:
     return (model, "") if tuner is None else (tuner.model, PREFIX)
 
 
-def _pieces(model: nn.Module, name: str) -> list[Piece]:
+def _tuner_of(model: nn.Module) -> BaseTuner:
+    """Return the tuner of a model, or one that is made around the adapters that were injected into it."""
+    tuner = find_tuner(model)
+    if tuner is None and not any(True for _ in tuner_layers(model)):
+        msg = f"The model ({type(model).__name__}) has no adapters. Attach one with get_peft_model(model, config)."
+        raise UnknownAdapterError(msg)
+    return tuner or BaseTuner.around(model)
+
+
+def pieces_of(model: nn.Module, name: str) -> list[Piece]:
+    """Return what a model holds of an adapter.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+    """
     tuner = find_tuner(model)
     if tuner is not None:
         tuner.check_known([name])
@@ -245,6 +322,6 @@ def loading_for(model: nn.Module, name: str, tensors: Mapping[str, Any]) -> Load
     base, prefix = _base(model)
     repeated = repeated_keys(base, name, prefix)
     tensors = {key: value for key, value in tensors.items() if key not in repeated}
-    loading = Loading(_pieces(model, name), tensors, embeddings_to_load(base, name, prefix))
+    loading = Loading(pieces_of(model, name), tensors, embeddings_to_load(base, name, prefix))
     check_writable(base, loading.optional)
     return loading

@@ -105,9 +105,9 @@ class WholeModules:
                 if isinstance(value, Tensor) and not value.is_leaf:
                     where = f"{path}.{name}" if path else name
                     msg = (
-                        f"modules_to_save means {key!r} ({type(module).__name__}), whose attribute {where!r} is a tensor "
-                        "that was computed from others (as weight normalisation does), and torch cannot copy such a "
-                        "module. Name another, or make it a parameter first."
+                        f"modules_to_save means {key!r} ({type(module).__name__}), whose attribute {where!r} is a "
+                        "tensor that was computed from others (as weight normalisation does), and torch cannot copy "
+                        "such a module. Name another, or make it a parameter first."
                     )
                     raise UnsupportedSiteError(msg)
 

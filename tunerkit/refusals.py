@@ -42,7 +42,7 @@ def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of a call that are the base model's, and refuse those that PEFT takes for itself.
 
     Raises:
-        ConfigError: The call is to use an adapter for each row, or other offsets of activated adapters.
+        ConfigError: The call is to use offsets of activated adapters.
     """
     given = {name: value for name, value in arguments.items() if name not in _PEFTS or value is not None}
     for name, advice in _PEFTS.items():
@@ -54,10 +54,6 @@ def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 _PEFTS = {
-    "adapter_names": (
-        "(an adapter for each row) is not supported by this version. For the whole call use "
-        "`with model.use_adapter(name):`."
-    ),
     "alora_offsets": "is not supported by this version; leave it out.",
 }
 
@@ -94,22 +90,14 @@ def refuse_adapted(model: nn.Module) -> None:
         raise AdapterStateError(msg)
 
 
-def refuse_options(safe_serialization: bool, path_initial_model_for_weight_conversion: str | None) -> None:
-    """Raise if a checkpoint is to be written in a way that is not supported.
-
-    Raises:
-        CheckpointError: It is to be a pickle.
-        ConfigError: The weights are to be converted.
-    """
+def refuse_pickle(safe_serialization: bool) -> None:
+    """Raise `CheckpointError` if a checkpoint is to be a pickle."""
     if not safe_serialization:
         msg = (
             "safe_serialization=False would write a pickle, which can run code when it is loaded. Leave it out; a "
             "reader that needs a .bin can convert the safetensors file with torch.save."
         )
         raise CheckpointError(msg)
-    if path_initial_model_for_weight_conversion is not None:
-        msg = "path_initial_model_for_weight_conversion is not supported by this version; leave it out."
-        raise ConfigError(msg)
 
 
 class MissingAttributeError(AttributeError):

@@ -6,7 +6,6 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunerkit import merge
-from tunerkit.adapted_model import AdaptedModel
 from tunerkit.attach import attach, make_part
 from tunerkit.biases import Biases, trained_biases
 from tunerkit.config import PeftConfig, check_config
@@ -27,6 +26,7 @@ from tunerkit.modules_to_save import put_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
 from tunerkit.plan import Plan, make_plan
+from tunerkit.routed_model import RoutedModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tunerkit.plugins.method import Method
 
 
-class BaseTuner(HookCalls, AdaptedModel):
+class BaseTuner(HookCalls, RoutedModel):
     """A model with adapters.
 
     Every tuner can hold adapters of every method. A method's own class (`LoraModel`) may override the three methods
@@ -268,7 +268,7 @@ class BaseTuner(HookCalls, AdaptedModel):
                 msg = f"The active adapter {adapter_name!r} was deleted; {others[0]!r} of {listing(others)} is now."
                 warnings.warn(AdapterWarning(msg), stacklevel=2)
                 merge.note_layers(journal, layers, flags=True)
-                self.set_adapter(others[0])
+                self.set_adapter(others[:1])
             if self.biases.name == adapter_name:
                 self._give_up_biases(journal, keep=False)
             for layer in layers:

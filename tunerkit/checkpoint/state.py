@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.adapter import Adapter
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.errors import CheckpointError
 from tunerkit.journal import Journal
@@ -22,7 +21,7 @@ from tunerkit.layer import BaseTunerLayer, entry_name, tuner_layers
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from tunerkit.adapter import Part
+    from tunerkit.adapter import Adapter, Part
 
 PREFIX = "base_model.model."
 
@@ -36,7 +35,7 @@ class Piece:
         holder: The layer, or the tuner for the model-wide part.
         name: The adapter's name.
         tensors: Its tensors by their key below `path`.
-        adapter: The adapter, if it is one that knows a form of its own for checkpoints.
+        adapter: The adapter, if a checkpoint holds its tensors in another form than it does.
         in_model: Whether the tensors are in the model's state now, rather than kept for another time.
     """
 
@@ -71,7 +70,7 @@ def pieces(model: nn.Module, name: str, prefix: str, parts: Mapping[str, Part], 
         parts: The model-wide parts by adapter name.
         tuner: Where those parts are visible in the module tree.
     """
-    layers = ((path, layer) for path, layer in tuner_layers(model) if layer.adapter_tensors(name))
+    layers = ((path, layer) for path, layer in _levels(model, name) if layer.adapter_tensors(name))
     found = [piece_of(path, layer, name, prefix) for path, layer in layers]
     if name in parts and tuner is not None:
         found.append(Piece(prefix.partition(".")[0], tuner, name, parts[name].state_dict(keep_vars=True)))
@@ -87,10 +86,40 @@ def piece_of(path: str, layer: BaseTunerLayer, name: str, prefix: str) -> Piece:
         name: The adapter's name.
         prefix: What stands before the layers' paths in keys.
     """
+    tensors = layer.adapter_tensors(name)
     adapter = layer.adapters.get(name) if isinstance(layer, AdaptedLayer) else None
-    own = adapter if adapter is not None and type(adapter).to_checkpoint is not Adapter.to_checkpoint else None
+    own = adapter if adapter is not None and adapter.to_checkpoint(tensors) is not tensors else None
     clean = f"{prefix}{path}.".replace("_orig_mod.", "").removesuffix(".")
-    return Piece(clean, layer, name, layer.adapter_tensors(name), own)  # type: ignore[arg-type]
+    return Piece(clean, layer, name, tensors, own)  # type: ignore[arg-type]
+
+
+def _levels(model: nn.Module, name: str) -> list[tuple[str, BaseTunerLayer]]:
+    """Return the layers with an adapter, by the paths that they would have in a model without other adapters.
+
+    Layers of several parameters of a module stand on one another: in the order of the parameters where one adapter made
+    them, and in whatever order others were added where they are of several.
+    """
+    layers = dict(tuner_layers(model))
+    held = {path: layer for path, layer in layers.items() if name in layer.available_adapters}
+    paths: dict[int, list[str]] = {}
+    stacks: dict[int, list[BaseTunerLayer]] = {}
+    for path, layer in held.items():
+        parts = path.split(".")
+        above = [".".join(parts[:index]) for index in range(len(parts))]
+        kept = [part for part, upper in zip(parts, above, strict=True) if upper not in layers or upper in held]
+        paths.setdefault(id(layer.get_base_layer()), []).append(".".join(kept))
+        stacks.setdefault(id(layer.get_base_layer()), []).append(layer)
+    return [
+        (path, layer)
+        for base, stack in stacks.items()
+        for path, layer in zip(paths[base], sorted(stack, key=_order, reverse=True), strict=True)
+    ]
+
+
+def _order(layer: BaseTunerLayer) -> int:
+    """Return which of its module's parameters a layer is for; -1 if it is for the module."""
+    name = layer.parameter_name if isinstance(layer, AdaptedLayer) else None
+    return -1 if name is None else list(layer.get_base_layer()._parameters).index(name)
 
 
 def collect(
@@ -121,6 +150,43 @@ def collect(
             own = {key: state_dict[name] for key, name in where.items()}
         tensors.update({piece.key(local): tensor for local, tensor in piece.in_file(own).items()})
     return tensors
+
+
+def make_standalone(
+    found: list[Piece], tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors in their standalone form, by their keys in a checkpoint.
+
+    Args:
+        found: What the model holds of the adapter.
+        tensors: Its tensors by their keys in a checkpoint.
+        initial: The same tensors as they were before training.
+
+    Raises:
+        CheckpointError: The initial tensors lack one of the adapter, or one has another shape.
+    """
+    given = None if initial is None else {_known(key, set(tensors)): tensor for key, tensor in initial.items()}
+    made = dict(tensors)
+    for piece in found:
+        adapter = piece.holder.adapters.get(piece.name) if isinstance(piece.holder, AdaptedLayer) else None
+        if adapter is not None:
+            keys = {local: piece.key(local) for local in piece.in_file(piece.tensors)}
+            before = None if given is None else {local: _as_before(key, tensors, given) for local, key in keys.items()}
+            own = {local: made.pop(key) for local, key in keys.items()}
+            made.update({piece.key(local): value for local, value in adapter.standalone(own, before).items()})
+    return made
+
+
+def _as_before(key: str, tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> Tensor:
+    found = initial.get(key)
+    if found is None or found.shape != tensors[key].shape:
+        what = "lacks it" if found is None else f"has it as {tuple(found.shape)}"
+        msg = (
+            f"The adapter's {key} is {tuple(tensors[key].shape)}, and the initial adapter {what}. Give the folder of "
+            "this very adapter as it was saved before training."
+        )
+        raise CheckpointError(msg)
+    return found.to(tensors[key])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tunerkit.adapter import Adapter
 from tunerkit.config import PeftConfig
 from tunerkit.functional import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from tunerkit.model import PeftModel
-from tunerkit.testing.bench import adapter_tensors, same_bits
+from tunerkit.testing.bench import adapted_layers, adapter_tensors, same_bits
 
 if TYPE_CHECKING:
     from tunerkit.testing.bench import Bench
@@ -49,8 +49,10 @@ class FileChecks:
         if all(kind.to_checkpoint is Adapter.to_checkpoint for kind in method.adapters):
             held = adapter_tensors(model, "default")
             assert saved.keys() == {("base_model." if key in shared else "base_model.model.") + key for key in held}
-        own = method.adapter_for(bench.kind).entries if bench.kind in method.kinds else ()
-        entries = {*own, *(method.part.entries if method.part else ())}
+        entries = set(method.part.entries if method.part else ())
+        for layer in adapted_layers(model):
+            adapter = layer.adapters["default"]
+            entries |= {*adapter.entries} - adapter._non_persistent_buffers_set
         if entries:
             assert {part for key in saved for part in key.split(".") if part in entries} == entries
             assert [key for key in saved if entries.isdisjoint(key.split("."))] == []

@@ -21,3 +21,50 @@ class TestLoraWithBias(MethodConformance):
 
     def config(self):
         return LoraConfig(r=2, lora_alpha=4, lora_bias=True, rank_pattern={"second|square": 4})
+
+
+NO_SLOPE = {"test_gradients": "the norm counts as constant in the gradient, as in the paper and in PEFT"}
+
+
+class TestDora(MethodConformance):
+    kinds = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
+    absent = NO_SLOPE
+
+    def config(self):
+        return LoraConfig(r=3, lora_alpha=6, use_dora=True)
+
+
+class TestPissa(MethodConformance):
+    kinds = ("linear",)
+
+    def config(self):
+        return LoraConfig(r=3, lora_alpha=6, init_lora_weights="pissa")
+
+
+class TestPissaWithDora(MethodConformance):
+    kinds = ("linear",)
+    absent = NO_SLOPE
+
+    def config(self):
+        return LoraConfig(r=3, lora_alpha=6, init_lora_weights="pissa", use_dora=True)
+
+
+class TestOlora(MethodConformance):
+    kinds = ("linear",)
+
+    def config(self):
+        return LoraConfig(r=3, lora_alpha=6, init_lora_weights="olora")
+
+
+class TestOrthogonal(MethodConformance):
+    kinds = ("linear",)
+
+    def config(self):
+        return LoraConfig(r=4, lora_alpha=6, init_lora_weights="orthogonal")
+
+
+class TestMica(MethodConformance):
+    kinds = ("linear", "embedding")
+
+    def config(self):
+        return LoraConfig(r=3, lora_alpha=6, init_lora_weights="mica")

@@ -140,8 +140,9 @@ class TestVocabulary:
                     ours.save_pretrained(tmp_path / "ours")
                 assert [str(item.message) for item in caught] == [
                     (
-                        "The base model's embeddings are saved with the adapter 'default', because the model's vocabulary "
-                        f"has 43 entries, and {source!r} says 40. Pass save_embedding_layers=False if they are not to be."
+                        "The base model's embeddings are saved with the adapter 'default', because the model's "
+                        f"vocabulary has 43 entries, and {source!r} says 40. Pass save_embedding_layers=False if "
+                        "they are not to be."
                     )
                 ]
                 keys.append(set(get_peft_model_state_dict(ours, save_embedding_layers=True)))
@@ -186,8 +187,8 @@ class TestRefusals:
             get_peft_model_state_dict(model, save_embedding_layers=True)
         assert [str(item.message) for item in caught] == [
             (
-                "save_embedding_layers=True, but Sequential has no get_input_embeddings() that says which layers are the "
-                "embeddings, so none are saved."
+                "save_embedding_layers=True, but Sequential has no get_input_embeddings() that says which layers are "
+                "the embeddings, so none are saved."
             )
         ]
 
@@ -197,8 +198,8 @@ class TestRefusals:
             get_peft_model_state_dict(model)
         assert [str(item.message) for item in caught] == [
             (
-                "The base model's embeddings are saved with the adapter 'default', because target_modules names them. Pass "
-                "save_embedding_layers=False if they are not to be."
+                "The base model's embeddings are saved with the adapter 'default', because target_modules names them. "
+                "Pass save_embedding_layers=False if they are not to be."
             )
         ]
 

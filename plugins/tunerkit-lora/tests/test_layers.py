@@ -257,8 +257,8 @@ class TestRefusals:
     )
     def test_other_kinds(self, layer, name):
         assert self.refusal(layer) == (
-            f"The module 'layer' is a {name}, and 'lora' adapts linear layers, embeddings and convolutions (1d, 2d, "
-            "3d) only. Remove it from target_modules, or exclude it."
+            f"The module 'layer' is a {name}, and 'lora' adapts linear layers, embeddings, attention layers "
+            f"and convolutions (1d, 2d, 3d) only. Remove it from target_modules, or exclude it."
         )
 
     @pytest.mark.parametrize("layer", [nn.LazyConv2d, nn.LazyLinear])

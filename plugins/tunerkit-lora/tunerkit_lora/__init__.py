@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING
 
 from tunerkit import Method, hookimpl
 from tunerkit.defaults import find_site
+from tunerkit.errors import UnsupportedSiteError
 from tunerkit.sites import OutputProjectionSite
 from tunerkit_lora.adapter import LoraAdapter
+from tunerkit_lora.anchored import AnchoredLora
 from tunerkit_lora.attention import LoraAttention, LoraOutputProjection
 from tunerkit_lora.base import LowRankAdapter
 from tunerkit_lora.config import LoraConfig, LoraRuntimeConfig
 from tunerkit_lora.convolution import LoraConvolution
+from tunerkit_lora.dora import AnchoredDora, DoraConvolution, DoraEmbedding, DoraLinear
 from tunerkit_lora.embedding import LoraEmbedding
 from tunerkit_lora.experts import LoraExperts
+from tunerkit_lora.inits.eva import get_eva_state_dict, initialize_lora_eva_weights
 from tunerkit_lora.layers import (
     Conv1d,
     Conv2d,
@@ -26,18 +30,27 @@ from tunerkit_lora.layers import (
 )
 from tunerkit_lora.model import LoraModel
 from tunerkit_lora.scale import rescale_adapter_scale
+from tunerkit_lora.subconfigs import EvaConfig, LoftQConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tunerkit.adapter import Adapter
+    from tunerkit.sites import Site
 
 __all__ = [
+    "AnchoredDora",
+    "AnchoredLora",
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "DoraConvolution",
+    "DoraEmbedding",
+    "DoraLinear",
     "Embedding",
+    "EvaConfig",
     "Linear",
+    "LoftQConfig",
     "LoraAdapter",
     "LoraAttention",
     "LoraConfig",
@@ -51,15 +64,18 @@ __all__ = [
     "LowRankAdapter",
     "MultiheadAttention",
     "ParamWrapper",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
     "method",
     "rescale_adapter_scale",
 ]
 
 
+_PLAIN: tuple[type[LowRankAdapter], ...] = (LoraAdapter, LoraEmbedding, LoraConvolution, LoraAttention, LoraExperts)
+_DORA: tuple[type[LowRankAdapter], ...] = (DoraLinear, DoraEmbedding, DoraConvolution)
+
 method = Method(
-    config=LoraConfig,
-    adapter=(LoraAdapter, LoraEmbedding, LoraConvolution, LoraAttention, LoraExperts),
-    tuner=LoraModel,
+    config=LoraConfig, adapter=(*_PLAIN, AnchoredLora, *_DORA, AnchoredDora), tuner=LoraModel, tags=("lora",)
 )
 
 
@@ -67,7 +83,20 @@ method = Method(
 def _create_and_replace(
     peft_config: LoraConfig, target: nn.Module, current_key: str, parameter_name: str | None
 ) -> Adapter:
-    """Make the adapter for the kind of layer."""
+    """Make the adapter for the kind of layer and what the config asks for."""
     site = find_site(method, peft_config, target, current_key, parameter_name)
-    kind = LoraOutputProjection if isinstance(site, OutputProjectionSite) else method.adapter_for(site.kind)
-    return kind(site, peft_config)
+    return _adapter_class(site, peft_config)(site, peft_config)
+
+
+def _adapter_class(site: Site, config: LoraConfig) -> type[LowRankAdapter]:
+    if isinstance(site, OutputProjectionSite) or site.kind == "attention":
+        if config.use_dora or config.is_anchored:
+            asked = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
+            msg = (
+                f"The attention layer {site.name!r} cannot be adapted with {asked}. Leave it out, or do not target it."
+            )
+            raise UnsupportedSiteError(msg)
+        return LoraAttention if site.kind == "attention" else LoraOutputProjection
+    if config.is_anchored and site.kind == "linear":
+        return AnchoredDora if config.use_dora else AnchoredLora
+    return next(adapter for adapter in (*(_DORA if config.use_dora else ()), *_PLAIN) if site.kind in adapter.kinds)

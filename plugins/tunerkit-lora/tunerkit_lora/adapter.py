@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 
-from tunerkit.adapter import add_low_rank, linear
+from tunerkit.adapter import add_low_rank, add_low_rank_rows, have_plain_weights, linear
+from tunerkit.sites import twin
 from tunerkit_lora.base import LowRankAdapter
 from tunerkit_lora.factors import starting_bias, starting_factors
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from collections.abc import Sequence
 
+    from torch import Tensor, nn
+    from typing_extensions import Self
+
+    from tunerkit.rows import Groups
     from tunerkit.sites import Below, Site
     from tunerkit_lora.config import LoraConfig
 
@@ -34,6 +39,8 @@ class LoraAdapter(LowRankAdapter):
         super().__init__(site, config)
         first, second = starting_factors(site, self.r, config)
         self.lora_A, self.lora_B = self.make_layers(site, first, second, starting_bias(site, self.r, config))
+        if not config.trains_second:
+            self.lora_B.requires_grad_(requires_grad=False)
 
     @staticmethod
     def make_layers(site: Site, first: Tensor, second: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
@@ -41,10 +48,20 @@ class LoraAdapter(LowRankAdapter):
         del site
         return linear(first), linear(second, bias)
 
+    def pair(self) -> tuple[nn.Module, nn.Module]:
+        """Return the layers that are run one after the other."""
+        return self.lora_A, self.lora_B
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Return the matrices ``A`` and ``B`` whose product is the update without its scale."""
+        first, second = self.pair()
+        return first.weight.flatten(1), second.weight.flatten(1)  # type: ignore[operator]
+
     def delta(self, base: Site) -> Tensor:
         """Return ``s B A``, out x in."""
         del base
-        return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+        first, second = self.product()
+        return self.scaling * (second @ first)
 
     def delta_bias(self, base: Site) -> Tensor | None:
         """Return ``s c``, or None."""
@@ -61,3 +78,24 @@ class LoraAdapter(LowRankAdapter):
         """Return the inherited result without building the full-size delta; only this way has dropout."""
         dropped = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
         return add_low_rank(below(x), dropped, self.lora_A, self.lora_B, self.scaling)
+
+    def added(self, y: Tensor, x: Tensor, base: Site, gain: Tensor | None = None) -> Tensor:
+        """Return an output of the layer with the update added; see `LowRankAdapter.added`."""
+        del base
+        first, second = self.pair()
+        if gain is not None:
+            weight: Tensor = second.weight  # type: ignore[assignment]
+            second = twin(second, weight=gain.reshape(-1, *(1 for _ in weight.shape[1:])) * weight)
+        return add_low_rank(y, x, first, second, self.scaling)
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Self], x: Tensor, below: Below, groups: Groups) -> Tensor:
+        """Return the inherited result with the small factors of all adapters in two products for the whole batch."""
+        dropouts = {adapter.lora_dropout if adapter.training else 0.0 for adapter in adapters}
+        downs, ups = [adapter.lora_A for adapter in adapters], [adapter.lora_B for adapter in adapters]
+        if len(dropouts) > 1 or not have_plain_weights(*downs, *ups):
+            return super().forward_rows(adapters, x, below, groups)
+        rate = dropouts.pop()
+        dropped = F.dropout(x, rate) if rate else x
+        scalings = [adapter.scaling for adapter in adapters]
+        return add_low_rank_rows(below(x), dropped, downs, ups, scalings, groups.position_of_rows(x.device))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tunerkit.adapter import AdditiveAdapter
-from tunerkit.errors import AdapterStateError
+from tunerkit.errors import AdapterStateError, CheckpointError
 from tunerkit_lora.ranks import resize_first, resize_second
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from tunerkit.adapter import Adapter
@@ -54,6 +55,55 @@ class LowRankAdapter(AdditiveAdapter):
         """The scale that follows from rank and alpha."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    # The words in which DoRA is written
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Return the matrices ``A``, r x inputs, and ``B``, outputs x r, whose product is the update without scale."""
+        second, first = self.factors
+        return first, second
+
+    def added(self, y: Tensor, x: Tensor, base: Site, gain: Tensor | None = None) -> Tensor:
+        """Return an output of the layer with the update added, without a matrix of the weight's size.
+
+        Args:
+            y: The output.
+            x: The input, after dropout.
+            base: The bare layer.
+            gain: A number for each output by which the update is multiplied.
+        """
+        raise NotImplementedError
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return the input with dropout while training, otherwise the input itself."""
+        return F.dropout(x, self.lora_dropout) if self.lora_dropout and self.training else x
+
+    def along_outputs(self, vector: Tensor) -> Tensor:
+        """Return a vector with a number for each output in a shape that broadcasts to the layer's output."""
+        return vector
+
+    # Checkpoints
+
+    def standalone(self, tensors: dict[str, Tensor], initial: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return ``[A; A0]`` and ``[B, -B0]`` for the initial factors ``A0`` and ``B0``.
+
+        Raises:
+            CheckpointError: The adapter stands on a convolution with groups.
+        """
+        if self.unfoldable is not None:
+            msg = f"The adapter cannot be joined with its start: {self.unfoldable}. Save it as it is."
+            raise CheckpointError(msg)
+        before = initial or {}
+        return {key: self._joined(key, tensor, before.get(key)) for key, tensor in tensors.items()}
+
+    def _joined(self, key: str, tensor: Tensor, before: Tensor | None) -> Tensor:
+        entry, _, leaf = key.partition(".")
+        if before is None or entry not in self.entries[:2]:
+            return tensor
+        before = before.to(tensor)
+        if leaf == "bias":
+            return tensor - before
+        return torch.cat([tensor, before]) if entry == self.entries[0] else torch.cat([tensor, -before], 1)
+
     # What others do with the factors: combining, and making room for larger ones
 
     @property
@@ -87,6 +137,12 @@ class LowRankAdapter(AdditiveAdapter):
         if not isinstance(other, LowRankAdapter):
             super().take(other)
             return
+        if type(other) is not type(self):
+            msg = (
+                f"The adapter is a {type(other).__name__} there and a {type(self).__name__} here (use_dora, "
+                "init_lora_weights), so it cannot be swapped in place. Load it as another adapter."
+            )
+            raise AdapterStateError(msg)
         room = max(self.room, other.room)
         self._hold(room)
         other._hold(room)

@@ -99,6 +99,12 @@ def _rank(kind: str, adapters: Sequence[str], configs: Sequence[LoraConfig], svd
                 f"{name!r} learns magnitudes (use_dora=True), which cannot be combined into factors. Merge it instead."
             )
             raise CombinationError(msg)
+        if getattr(config, "is_anchored", False):
+            msg = (
+                f"{name!r} leans on factors of the base's weight (init_lora_weights={config.init_lora_weights!r}). "
+                "Save it with path_initial_model_for_weight_conversion, and combine what that gives."
+            )
+            raise CombinationError(msg)
     largest = [max([config.r, *(config.rank_pattern or {}).values()]) for config in configs]
     if kind == "cat":
         return sum(largest)

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import math
-import re
+import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tunerkit.config import PeftConfig, setting, unbuilt
-from tunerkit.errors import ConfigError
+from tunerkit.errors import ConfigError, ConfigWarning, LoadWarning
 from tunerkit.targeting import pattern_value
+from tunerkit_lora.inits import ANCHORED, SPECIAL
+from tunerkit_lora.subconfigs import EvaConfig, LoftQConfig
 
-_UNBUILT_STARTS = re.compile(r"eva|olora|pissa|pissa_niter_\d+|corda|loftq|orthogonal|mica|lora_ga")
-"""The starts that PEFT has and this package has not built."""
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_BASE_CHANGED = {
+    "corda": (
+        "CorDA takes its start off the base weight, and only the data it was computed from give it again. In PEFT, "
+        "save with path_initial_model_for_weight_conversion."
+    ),
+    "loftq": "LoftQ replaces the base weight by a quantised one. In PEFT, save that base too, and load it here.",
+    "lora_ga": (
+        "LoRA-GA takes its start off the base weight, and only the gradients it was computed from give it again. In "
+        "PEFT, save with path_initial_model_for_weight_conversion."
+    ),
+}
+"""The starts that PEFT has and this package does not make, each with how an adapter that has it gets here."""
 
 
 @dataclass
@@ -49,7 +64,8 @@ class LoraConfig(PeftConfig):
         modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
             standard deviation `1 / r`, `B` zero. `False`: both as PyTorch starts a linear layer, so that the adapter
-            changes the output at once; for tests.
+            changes the output at once; for tests. `"pissa"`, `"pissa_niter_<number>"`, `"olora"`, `"orthogonal"`,
+            `"mica"` and `"eva"`: see `tunerkit_lora.inits`; for linear layers, `"mica"` for embeddings too.
         layers_to_transform: The number of the layer to adapt, or several: of the modules that a list of targets means
             by the end of their path, only those in these layers are adapted.
         layers_pattern: A regex for the name before a layer's number in a path, or several; if not given, any name.
@@ -59,11 +75,11 @@ class LoraConfig(PeftConfig):
         megatron_config: Arguments of Megatron's parallel layers. *(not built)*
         megatron_core: The module that holds Megatron's core. *(not built)*
         trainable_token_indices: Rows of an embedding to train. *(not built)*
-        loftq_config: Settings of the LoftQ start. *(not built)*
-        eva_config: Settings of the EVA start. *(not built)*
-        corda_config: Settings of the CorDA start. *(not built)*
-        lora_ga_config: Settings of the LoRA-GA start. *(not built)*
-        use_dora: Whether magnitude and direction of the weight are learned apart (DoRA). *(not built)*
+        loftq_config: Settings of the LoftQ start, which is not made here; without effect.
+        eva_config: Settings of the start `"eva"`, an `EvaConfig`.
+        corda_config: Settings of the CorDA start, which is not made here; without effect.
+        lora_ga_config: Settings of the LoRA-GA start, which is not made here; without effect.
+        use_dora: Whether magnitude and direction of the weight are learned apart (DoRA).
         velora_config: Settings of VeLoRA's compressed activations. *(not built)*
         alora_invocation_tokens: The tokens after which the adapter sets in (aLoRA). *(not built)*
         use_qalora: Whether the input is pooled for a grouped quantisation (QALoRA). *(not built)*
@@ -94,7 +110,7 @@ class LoraConfig(PeftConfig):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = setting(factory=dict)
@@ -102,11 +118,11 @@ class LoraConfig(PeftConfig):
     megatron_config: dict[str, Any] | None = unbuilt(None)
     megatron_core: str | None = unbuilt("megatron.core")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = unbuilt(None)
-    loftq_config: dict[str, Any] | None = unbuilt(factory=dict)
-    eva_config: dict[str, Any] | None = unbuilt(None)
-    corda_config: dict[str, Any] | None = unbuilt(None)
-    lora_ga_config: dict[str, Any] | None = unbuilt(None)
-    use_dora: bool = unbuilt(default=False)
+    loftq_config: dict[str, Any] | LoftQConfig | None = setting(factory=dict)
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    use_dora: bool = False
     velora_config: dict[str, Any] | None = unbuilt(None)
     alora_invocation_tokens: list[int] | None = unbuilt(None)
     use_qalora: bool = unbuilt(default=False)
@@ -129,16 +145,7 @@ class LoraConfig(PeftConfig):
         Raises:
             ConfigError: A setting has the wrong type or is out of range, or asks for something that is not built.
         """
-        start: object = self.init_lora_weights
-        if isinstance(start, str):
-            # PEFT takes the name in any case.
-            self.init_lora_weights = start.lower()  # type: ignore[assignment]  # checked below
-            if _UNBUILT_STARTS.fullmatch(start.lower()):
-                msg = (
-                    f"LoraConfig.init_lora_weights={start!r} is not supported by this version; possible are True, "
-                    "False and 'gaussian'."
-                )
-                raise ConfigError(msg)
+        self._check_start()
         super().check()
         for entry, rank in (self.rank_pattern or {}).items():
             if rank <= 0:
@@ -150,6 +157,102 @@ class LoraConfig(PeftConfig):
                 "Leave one of the two out."
             )
             raise ConfigError(msg)
+
+        if self.use_dora and (self.lora_bias or not self.trains_second):
+            other = "lora_bias=True" if self.lora_bias else "init_lora_weights='mica'"
+            msg = f"LoraConfig.use_dora=True does not go with {other}. Leave one of the two out."
+            raise ConfigError(msg)
+
+    def _check_start(self) -> None:
+        """Check how the factors start, and the settings of single starts."""
+        given: object = self.init_lora_weights
+        if isinstance(given, str):
+            start = self.init_lora_weights = given.lower()  # PEFT takes the name in any case
+            if start in _BASE_CHANGED:
+                msg = (
+                    f"LoraConfig.init_lora_weights={given!r} is not supported: {_BASE_CHANGED[start]} On a base that "
+                    "is the changed one already, set init_lora_weights to True."
+                )
+                raise ConfigError(msg)
+            if start != "gaussian" and not SPECIAL.fullmatch(start):
+                msg = (
+                    f"LoraConfig.init_lora_weights={given!r} is not known; possible are True, False, 'gaussian', "
+                    "'pissa', 'pissa_niter_<number>', 'olora', 'orthogonal', 'eva' and 'mica'."
+                )
+                raise ConfigError(msg)
+        if isinstance(self.eva_config, dict):
+            try:
+                self.eva_config = EvaConfig(**self.eva_config)
+            except TypeError as error:
+                msg = f"LoraConfig.eva_config is not what EvaConfig takes: {error}."
+                raise ConfigError(msg) from error
+        if given == "eva" and self.eva_config is None:
+            self.eva_config = EvaConfig()
+        idle = {
+            "loftq_config": self.loftq_config,
+            "eva_config": self.eva_config if self.init_lora_weights != "eva" else None,
+            "corda_config": self.corda_config,
+            "lora_ga_config": self.lora_ga_config,
+        }
+        for name in (name for name, value in idle.items() if value):
+            msg = f"LoraConfig.{name} has no effect with init_lora_weights={given!r}."
+            warnings.warn(ConfigWarning(msg), stacklevel=5)
+        self.loftq_config = {}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Make a config from a checkpoint's values; see `PeftConfig.from_dict`.
+
+        An adapter that was started by LoRA-GA becomes the plain one that its tensors are, as in PEFT, with a warning:
+        it is right only on the base that it was trained on, which LoRA-GA has changed.
+
+        Raises:
+            ConfigError: A setting is wrong, is not built, or is unknown and matters.
+        """
+        if str(values.get("init_lora_weights")).lower() == "lora_ga":
+            msg = (
+                "The adapter was started by LoRA-GA, which changed the base model. Its tensors are right on that base "
+                "only, which must have been saved with it. For the original base convert it, by "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+            )
+            warnings.warn(LoadWarning(msg), stacklevel=4)
+            values = {**values, "init_lora_weights": True, "lora_ga_config": None}
+        return super().from_dict(values)
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the factors start from the weight itself, and that start is taken off again."""
+        return ANCHORED.fullmatch(str(self.init_lora_weights)) is not None
+
+    @property
+    def trains_second(self) -> bool:
+        """Whether `B` is trained, as it is but for MiCA."""
+        return self.init_lora_weights != "mica"
+
+    @property
+    def saved_standalone(self) -> bool:
+        """Whether an adapter is always saved as a plain one: PEFT would derive another start than a random one here."""
+        return str(self.init_lora_weights).startswith("pissa_niter_")
+
+    def standalone(self) -> Self:
+        """Return the config of a plain adapter of twice the rank, with the same scale.
+
+        Raises:
+            ConfigError: Ranks or alphas of single modules stand beside `use_rslora`, so that PEFT could not say it.
+        """
+        if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            msg = (
+                "An adapter with use_rslora=True and a rank_pattern or alpha_pattern cannot be converted to one of "
+                "twice the rank, as in PEFT. Leave path_initial_model_for_weight_conversion out."
+            )
+            raise ConfigError(msg)
+        changed = self.copy()
+        changed.init_lora_weights, changed.eva_config = True, None
+        changed.r *= 2
+        changed.lora_alpha *= math.sqrt(2) if self.use_rslora else 2
+        changed.rank_pattern = {name: 2 * rank for name, rank in (self.rank_pattern or {}).items()}
+        changed.alpha_pattern = {name: 2 * alpha for name, alpha in (self.alpha_pattern or {}).items()}
+        return changed
 
     def rank_for(self, name: str) -> int:
         """Return the rank at the module of a path."""

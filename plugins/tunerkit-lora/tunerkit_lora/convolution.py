@@ -57,4 +57,8 @@ class LoraConvolution(LoraAdapter):
         if self.unfoldable is not None:
             msg = f"The adapter on {base.name!r} adds nothing that fits its weight: {self.unfoldable}."
             raise MergeError(msg)
-        return self.scaling * (self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1))
+        return super().delta(base)
+
+    def along_outputs(self, vector: Tensor) -> Tensor:
+        """Return a vector with a number for each channel in a shape that broadcasts to the layer's output."""
+        return vector.reshape(-1, *(1 for _ in self.lora_A.weight.shape[2:]))

@@ -36,7 +36,11 @@ class LoraEmbedding(LowRankAdapter):
         super().__init__(site, config)
         first, second = starting_factors(site, self.r, config)
         self.lora_embedding_A = nn.Parameter(first)
-        self.lora_embedding_B = nn.Parameter(second)
+        self.lora_embedding_B = nn.Parameter(second, requires_grad=config.trains_second)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return the tokens themselves, which cannot be dropped in part."""
+        return x
 
     def delta(self, base: Site) -> Tensor:
         """Return ``s (B A)^T``, tokens x width."""
@@ -48,6 +52,10 @@ class LoraEmbedding(LowRankAdapter):
         base: EmbeddingSite = below.base  # type: ignore[assignment]
         if not base.only_looks_up:
             return super().forward(x, below)
-        y = below(x)
-        rows = base.look_up(x, self.lora_embedding_A.T) @ self.lora_embedding_B.T
+        return self.added(below(x), x, base)
+
+    def added(self, y: Tensor, x: Tensor, base: Site, gain: Tensor | None = None) -> Tensor:
+        """Return an output of the layer with the update added; see `LowRankAdapter.added`."""
+        second = self.lora_embedding_B if gain is None else gain[:, None] * self.lora_embedding_B
+        rows: Tensor = base.look_up(x, self.lora_embedding_A.T) @ second.T  # type: ignore[attr-defined]
         return y + (self.scaling * rows).to(y.dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from tunerkit_lora.inits import special_factors
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,14 +27,16 @@ def starting_factors(site: Site, rank: int, config: LoraConfig) -> tuple[Tensor,
         its kernel, and ``B`` has as many columns as one of its groups has; those of an embedding are its tokens.
     """
     init = config.init_lora_weights
+    # As in PEFT, embeddings start as ever where a start is not for them.
+    if isinstance(init, str) and init != "gaussian" and (site.kind != "embedding" or init == "mica"):
+        return special_factors(site, rank, init, config.scaling_for(site.name))
     if site.kind == "embedding":
         tokens, width = site.weight.shape
         first = site.zeros(rank, tokens) if init else site.normal(rank, tokens)
         return first, site.normal(width, rank)
-    groups: int = getattr(site, "groups", 1)
-    shape = rank, site.in_features * groups
+    shape = rank, site.in_features * site.groups
     first = site.normal(*shape, std=1 / rank) if init == "gaussian" else site.kaiming_uniform(*shape)
-    shape = site.out_features, rank // groups
+    shape = site.out_features, rank // site.groups
     return first, site.zeros(*shape) if init else site.kaiming_uniform(*shape)
 
 
@@ -42,5 +46,4 @@ def starting_bias(site: Site, rank: int, config: LoraConfig) -> Tensor | None:
         return None
     if config.init_lora_weights:
         return site.zeros(site.out_features)
-    groups: int = getattr(site, "groups", 1)
-    return site.uniform(site.out_features, bound=1 / math.sqrt(rank // groups))
+    return site.uniform(site.out_features, bound=1 / math.sqrt(rank // site.groups))
