@@ -71,7 +71,6 @@ def test_none():
     none.show(trained=True)
     none.check_free()
     assert none.parameters() == none.pieces() == []
-    assert none.repeated() == set()
 
 
 def test_a_shared_bias_is_one(method):

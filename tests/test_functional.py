@@ -189,10 +189,10 @@ class TestStateDict:
             with pytest.raises(UnknownAdapterError, match=r"The model has no adapter 'c'; it has none."):
                 call(make_base(), adapter_name="c")
 
-    @pytest.mark.parametrize("value", [True, "yes", None])
-    def test_embeddings_are_not_saved_yet(self, model, value):
+    @pytest.mark.parametrize("value", ["yes", None])
+    def test_embeddings_are_saved_or_not(self, model, value):
         with pytest.raises(
-            ConfigError, match=f"save_embedding_layers={value!r} is not supported by this version; leave it"
+            ConfigError, match=f"^save_embedding_layers must be 'auto', True or False; it is {value!r}.$"
         ):
             get_peft_model_state_dict(model, adapter_name="a", save_embedding_layers=value)
         assert get_peft_model_state_dict(model, adapter_name="a", save_embedding_layers=False)

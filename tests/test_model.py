@@ -270,8 +270,8 @@ class TestSave:
             model.save_pretrained(tmp_path / "out", safe_serialization=False)
         with pytest.raises(CheckpointNotFoundError, match="x"):
             model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "x")
-        with pytest.raises(ConfigError, match="save_embedding_layers=True is not supported"):
-            model.save_pretrained(tmp_path / "out", save_embedding_layers=True)
+        with pytest.raises(ConfigError, match="save_embedding_layers must be 'auto', True or False; it is 'no'"):
+            model.save_pretrained(tmp_path / "out", save_embedding_layers="no")
         assert not (tmp_path / "out").exists()
 
     def test_meta_tensors_are_not_saved(self, tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tunerkit.adapted_layer import AdaptedLayer
+from tunerkit.checkpoint.base_model import BasePiece, base_modules, file_path
 from tunerkit.checkpoint.state import PREFIX, Piece
 from tunerkit.errors import AdapterStateError, ConfigError, MergeError, RouteError
 from tunerkit.layer import BaseTunerLayer, tuner_layers
@@ -76,7 +77,9 @@ class Biases:
 
     def _places(self) -> Iterator[tuple[str, nn.Module, bool]]:
         if self.model is not None:
-            yield from _modules_with_bias(self.model, "", self.name, adapted=False)
+            for path, module, adapted in base_modules(self.model, self.name):
+                if module._parameters.get(_BIAS) is not None:
+                    yield path, module, adapted
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the biases, the base model's own also where adapters are merged into others in their place."""
@@ -121,24 +124,9 @@ class Biases:
         for path, module, _ in self._places():
             number = index.get(id(_own(module, merged)))
             if number is not None:
-                clean = f"{PREFIX}{path}.".replace("_orig_mod.", "").removesuffix(".")
-                found.append(BiasPiece(clean, module, self.name, {_BIAS: values[number]}, in_model=self.shown))
+                tensors = {_BIAS: values[number]}
+                found.append(BasePiece(file_path(path, PREFIX), module, self.name, tensors, in_model=self.shown))
         return found
-
-    def repeated(self) -> set[str]:
-        """Return the keys under which PEFT's files hold biases of modules that are copied, beside those of the copy."""
-        copied = (
-            (path, layer)
-            for path, layer in (tuner_layers(self.model) if self.which == _ALL and self.model is not None else ())
-            if layer.replaces and self.name in layer.available_adapters
-        )
-        return {
-            f"{PREFIX}{path}.{child}.{key}"
-            for path, layer in copied
-            for key in layer.adapter_tensors(self.name)
-            if key.rpartition(".")[2] == _BIAS
-            for child in (layer.base_name, *layer.adapter_layer_names)
-        }
 
     # What cannot be done meanwhile
 
@@ -192,34 +180,5 @@ class Biases:
             raise MergeError(msg)
 
 
-class BiasPiece(Piece):
-    """A bias of the base model; its name holds no adapter's."""
-
-    def named(self, local: str) -> str:
-        """Return the bias's name below its module: the same."""
-        return local
-
-
 def _own(module: nn.Module, merged: dict[int, nn.Parameter]) -> nn.Parameter:
     return merged.get(id(module), module._parameters[_BIAS])  # type: ignore[return-value]
-
-
-def _modules_with_bias(
-    module: nn.Module, path: str, name: str, *, adapted: bool
-) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Go through the modules below that have a bias: path in a checkpoint, module, whether the adapter adapts it.
-
-    Only layers of the adapter itself are in the path: a checkpoint is the same whatever other adapters are there.
-    """
-    if isinstance(module, BaseTunerLayer):
-        here = name in module.available_adapters
-        if here and module.replaces:
-            return  # its copy is trained and saved as a whole
-        below = f"{path}.{module.base_name}".lstrip(".") if here else path
-        yield from _modules_with_bias(getattr(module, module.base_name), below, name, adapted=adapted or here)
-        return
-    if module._parameters.get(_BIAS) is not None:
-        yield path, module, adapted
-    for child_name, child in module._modules.items():
-        if child is not None:
-            yield from _modules_with_bias(child, f"{path}.{child_name}".lstrip("."), name, adapted=False)

@@ -107,6 +107,10 @@ class LoadWarning(TunerkitWarning):
     """A checkpoint was loaded although tensors were missing or left over (`strict=False`)."""
 
 
+class SaveWarning(TunerkitWarning):
+    """A checkpoint holds more or less than the adapter: the base model's embeddings."""
+
+
 class PluginWarning(TunerkitWarning):
     """Something about the installed plugins deserves a look (`tunerkit plugins` lists them)."""
 

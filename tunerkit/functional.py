@@ -6,10 +6,12 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from tunerkit.biases import trained_biases
+from tunerkit.checkpoint.base_model import repeated_keys
 from tunerkit.checkpoint.files import read_tensors
 from tunerkit.checkpoint.state import PREFIX, Loading, Piece, collect, pieces
 from tunerkit.config import check_config
-from tunerkit.errors import AdapterStateError, ConfigError, TargetError, UnknownAdapterError
+from tunerkit.embeddings import check_writable, embeddings_to_load, embeddings_to_save
+from tunerkit.errors import AdapterStateError, TargetError, UnknownAdapterError
 from tunerkit.keywords import check_loading
 from tunerkit.layer import tuner_layers
 from tunerkit.naming import listing
@@ -178,17 +180,20 @@ def get_peft_model_state_dict(
         state_dict: The model's state, gathered elsewhere, to take the values from.
         adapter_name: The adapter.
         unwrap_compiled: Accepted for PEFT's sake; keys never hold the compiler's `_orig_mod`.
-        save_embedding_layers: Whether embeddings are saved beside the adapter; only "auto" and False are supported.
+        save_embedding_layers: Whether the base model's input and output embeddings are saved beside the adapter. "auto"
+            does that, with a `SaveWarning`, if `target_modules` names `embed_tokens` or `lm_head`, or if the model's
+            vocabulary is not of the size that the `config.json` in the folder says from which the model came.
 
     Raises:
         UnknownAdapterError: There is no such adapter.
         CheckpointError: The given state lacks a tensor of the adapter.
     """
     del unwrap_compiled
-    if save_embedding_layers not in ("auto", False):
-        msg = f"save_embedding_layers={save_embedding_layers!r} is not supported by this version; leave it at 'auto'."
-        raise ConfigError(msg)
     found = pieces_of(model, adapter_name)
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is not None:
+        base, prefix = _base(model)
+        found += embeddings_to_save(base, config, adapter_name, prefix, save_embedding_layers)
     names = {id(module): name for name, module in model.named_modules()} if state_dict is not None else {}
 
     def path_of(piece: Piece) -> str:
@@ -268,6 +273,12 @@ def _renamed(key: str, mapping: Mapping[str, str]) -> str:
     return key
 
 
+def _base(model: nn.Module) -> tuple[nn.Module, str]:
+    """Return the base model, and what stands before its modules' paths in a checkpoint's keys."""
+    tuner = find_tuner(model)
+    return (model, "") if tuner is None else (tuner.model, PREFIX)
+
+
 def _tuner_of(model: nn.Module) -> BaseTuner:
     """Return the tuner of a model, or one that is made around the adapters that were injected into it."""
     tuner = find_tuner(model)
@@ -308,8 +319,9 @@ def loading_for(model: nn.Module, name: str, tensors: Mapping[str, Any]) -> Load
     if any(name in layer.merged_adapters for _, layer in tuner_layers(model)):
         msg = f"The adapter {name!r} is merged, so new tensors would have no effect. Call unmerge_adapter() first."
         raise AdapterStateError(msg)
-    tuner = find_tuner(model)
-    if tuner is not None and tuner.biases.name == name:
-        repeated = tuner.biases.repeated()
-        tensors = {key: value for key, value in tensors.items() if key not in repeated}
-    return Loading(pieces_of(model, name), tensors)
+    base, prefix = _base(model)
+    repeated = repeated_keys(base, name, prefix)
+    tensors = {key: value for key, value in tensors.items() if key not in repeated}
+    loading = Loading(pieces_of(model, name), tensors, embeddings_to_load(base, name, prefix))
+    check_writable(base, loading.optional)
+    return loading

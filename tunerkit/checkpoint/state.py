@@ -19,7 +19,7 @@ from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, entry_name, tuner_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from tunerkit.adapter import Adapter, Part
 
@@ -199,16 +199,24 @@ class _Assignment:
 class Loading:
     """A checkpoint's tensors matched with an adapter's; nothing is written until `write` is called.
 
+    Args:
+        found: What the model holds of the adapter.
+        tensors: The checkpoint's tensors.
+        optional: What else the checkpoint may hold; nothing of it is missing.
+
     Attributes:
         report: What fits and what does not.
+        optional: The optional pieces of which the checkpoint holds something.
     """
 
-    def __init__(self, found: list[Piece], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, found: list[Piece], tensors: Mapping[str, Tensor], optional: Sequence[Piece] = ()) -> None:
         self.report = LoadReport()
+        self.optional: list[Piece] = []
         self._assignments: list[_Assignment] = []
         left = dict(tensors)
         keys = [{local: piece.key(local) for local in piece.in_file(piece.tensors)} for piece in found]
         expected = {key for files in keys for key in files.values()}
+        expected.update(piece.key(local) for piece in optional for local in piece.tensors)
         given = {_known(key, expected): key for key in left}
         for piece, files in zip(found, keys, strict=True):
             values = {local: left.pop(given[key]) for local, key in files.items() if key in given}
@@ -218,6 +226,12 @@ class Loading:
                 values = piece.adapter.from_checkpoint(values) if len(values) == len(files) else {}
             for local, value in values.items():
                 self._match(piece, local, value)
+        for piece in optional:
+            for local in piece.tensors:
+                key = given.get(piece.key(local))
+                if key in left:
+                    self.optional.append(piece)
+                    self._match(piece, local, left.pop(key))
         self.report.unexpected_keys += list(left)
 
     def _match(self, piece: Piece, local: str, value: Tensor) -> None:
