@@ -38,7 +38,7 @@ class Folded:
 
     Attributes:
         layers: The layers with adapters: one, or one for each parameter that is adapted by itself.
-        sources: Where each of its parameters is read: its name in the module, and the key in the base's files.
+        sources: Where its weights and bias are read: the name in the module, and the key in the base's files.
         results: Where it is written: its name in the module, and the key in the files written. Not the same where it
             was tied to the tensor of another module.
     """
@@ -198,7 +198,8 @@ class _Known:
             raise CheckpointError(msg)
         dtype = next(name for name, kind in DTYPES.items() if kind is tensor.dtype)
         if dtype in FLOATS:
-            dtype = Counter(entry.dtype for entry in self.entries.values()).most_common(1)[0][0]
+            held = [entry.dtype for entry in self.entries.values() if entry.dtype in FLOATS]
+            dtype = Counter([*held, dtype]).most_common(1)[0][0]
         size = tensor.numel() * DTYPES[dtype].itemsize
         return Added(next(reversed(self.entries)), Entry(dtype, tuple(tensor.shape), 0, size), tied=False)
 
@@ -232,7 +233,7 @@ class _Whole:
             for key in held:
                 known.check(key, own[mine[0]].shape, DTYPES)
             others = [name for name in group if name not in own]
-            tied = bool(others) and (bool(held) or known.key_of(others) is not None)
+            tied = bool(others) and any(name in known.keys for name in group)
             self.tied += (held or keys[:1]) if tied else []
             self.new += [] if held or tied else keys[:1]
             self.tensors.update(dict.fromkeys(keys, own[mine[0]]))
@@ -240,27 +241,25 @@ class _Whole:
 
 def _folded(layers: list[AdaptedLayer], known: _Known) -> Folded:
     owner = layers[0].site.owner
-    needed = {layer.site.weight_name for layer in layers}
+    weights = {layer.site.weight_name for layer in layers}
+    biases = {layer.site.bias_name for layer in layers if layer.site.bias is not None}
     sources, results = {}, {}
-    for local, parameter in owner._parameters.items():
+    for local in sorted(weights | biases):
+        parameter = owner._parameters.get(local)
         if parameter is None:
-            continue
+            msg = (
+                f"{layers[0].site.name!r} ({type(owner).__name__}) has no parameter {local!r} of its own, which the "
+                f"adapter on it may change, so it is not known in which of the base's tensors that is. {_INSTEAD}"
+            )
+            raise CheckpointError(msg)
         own = known.own_names(owner, local)
         key = known.key_of(own)
         source = key or known.key_of(name for name in known.names.aliases[own[0]] if name not in own)
-        if source is None:
-            if local in needed:
-                msg = f"The base model's files hold no tensor for {own[0]!r}, which the adapter changes. {_INSTEAD}"
-                raise CheckpointError(msg)
-            continue
-        known.check(source, parameter.shape, FLOATS)
-        sources[local], results[local] = source, key or own[0]
-    for layer in layers:
-        if layer.site.weight_name not in sources:
-            msg = (
-                f"The weight that the adapter on {layer.site.name!r} changes, {layer.site.weight_name!r}, is no "
-                f"parameter of the {type(owner).__name__} there, so it cannot be found in the base's files. {_INSTEAD}"
-            )
+        if source is not None:
+            known.check(source, parameter.shape, FLOATS)
+            sources[local], results[local] = source, key or own[0]
+        elif local in weights:
+            msg = f"The base model's files hold no tensor for {own[0]!r}, which the adapter changes. {_INSTEAD}"
             raise CheckpointError(msg)
     return Folded(tuple(layers), sources, results)
 
