@@ -17,6 +17,7 @@ NO_PEFT = "comparing with PEFT needs it: pip install peft"
 
 # Per field that is not built: a value away from its default.
 UNBUILT = {
+    "lora_ga_config": {"scale": "stable"},
     "megatron_config": {"hidden": 1},
     "megatron_core": "other.core",
     "trainable_token_indices": [0],
@@ -64,7 +65,7 @@ def own_fields():
 
 
 # What belongs to single starts, or does not go with the others: their own tests are in test_inits.py and test_dora.py.
-APART = {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "runtime_config"}
+APART = {"loftq_config", "eva_config", "corda_config", "use_dora", "runtime_config"}
 
 
 def test_every_field_is_either_built_or_refused():

@@ -78,7 +78,7 @@ class LoraConfig(PeftConfig):
         loftq_config: Settings of the LoftQ start, which is not made here; without effect.
         eva_config: Settings of the start `"eva"`, an `EvaConfig`.
         corda_config: Settings of the CorDA start, which is not made here; without effect.
-        lora_ga_config: Settings of the LoRA-GA start, which is not made here; without effect.
+        lora_ga_config: Settings of the LoRA-GA start. *(not built)*
         use_dora: Whether magnitude and direction of the weight are learned apart (DoRA).
         velora_config: Settings of VeLoRA's compressed activations. *(not built)*
         alora_invocation_tokens: The tokens after which the adapter sets in (aLoRA). *(not built)*
@@ -121,7 +121,7 @@ class LoraConfig(PeftConfig):
     loftq_config: dict[str, Any] | LoftQConfig | None = setting(factory=dict)
     eva_config: EvaConfig | dict[str, Any] | None = None
     corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = unbuilt(None)
     use_dora: bool = False
     velora_config: dict[str, Any] | None = unbuilt(None)
     alora_invocation_tokens: list[int] | None = unbuilt(None)
@@ -192,7 +192,6 @@ class LoraConfig(PeftConfig):
             "loftq_config": self.loftq_config,
             "eva_config": self.eva_config if self.init_lora_weights != "eva" else None,
             "corda_config": self.corda_config,
-            "lora_ga_config": self.lora_ga_config,
         }
         for name in (name for name, value in idle.items() if value):
             msg = f"LoraConfig.{name} has no effect with init_lora_weights={given!r}."
@@ -216,8 +215,9 @@ class LoraConfig(PeftConfig):
                 "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
             )
             warnings.warn(LoadWarning(msg), stacklevel=4)
-            values = {**values, "init_lora_weights": True, "lora_ga_config": None}
-        return super().from_dict(values)
+            values = {**values, "init_lora_weights": True}
+        # What it was started with says nothing of an adapter whose factors are in the file.
+        return super().from_dict({**values, "lora_ga_config": None})
 
     @property
     def is_anchored(self) -> bool:
