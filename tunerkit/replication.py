@@ -16,7 +16,6 @@ from tunerkit.layer import tuner_layers
 from tunerkit.naming import listing
 
 if TYPE_CHECKING:
-
     from tunerkit.config import PeftConfig
     from tunerkit.journal import Journal
 

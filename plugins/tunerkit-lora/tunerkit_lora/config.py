@@ -148,6 +148,8 @@ class LoraConfig(PeftConfig):
         """
         self._check_start()
         super().check()
+        if self.layer_replication is not None:  # a file has lists
+            self.layer_replication = [(start, end) for start, end in self.layer_replication]
         for entry, rank in (self.rank_pattern or {}).items():
             if rank <= 0:
                 msg = f"LoraConfig.rank_pattern[{entry!r}] must be above 0; it is {rank!r}."
