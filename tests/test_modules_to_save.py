@@ -360,9 +360,8 @@ class TestRows:
         with model.base_model.use_rows(["a", "b"]), pytest.raises(RouteError) as caught:
             _ = head.out
         assert str(caught.value) == (
-            "Each row of the batch has an adapter of its own, and what is read of the module 'head' itself (its "
-            "weight, a call of another method) differs between their copies. Call the model once for each adapter, within "
-            "use_adapter(name)."
+            "Each row of the batch has an adapter of its own, and the parameters of the layer 'head' are read for the "
+            "whole batch, with 'a' among the adapters. Call the model once for each adapter, within use_adapter(name)."
         )
         with model.base_model.use_rows(["plain", "__base__"]):
             assert head.out is head.original_module.out

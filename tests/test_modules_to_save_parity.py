@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import warnings
@@ -204,6 +205,31 @@ def test_tied_embeddings(saved, tmp_path):
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
     assert plain.config.tie_word_embeddings
     assert torch.equal(run(plain, pair.inputs), run(base, pair.inputs))
+
+
+@dataclasses.dataclass
+class TyingConfig(LoraConfig):
+    ensure_weight_tying: bool = False
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_tied_copies_of_tied_embeddings(saved):
+    base = make("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=True)
+    config = TyingConfig(task_type="CAUSAL_LM", r=4, modules_to_save=[saved], ensure_weight_tying=True)
+    pair = Pair(base, config, {"input_ids": IDS})
+    pair.check_parameters()
+    pair.check_tensors()
+    pair.check_outputs()
+    pair.check_disabled()
+    pair.check_gradients()
+    pair.check_steps()
+    ours = pair.ours.get_base_model()
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    pair.ours.add_adapter("other", config)
+    assert ours.lm_head.modules_to_save["other"].weight is ours.model.embed_tokens.modules_to_save["other"].weight
+    assert ours.lm_head.modules_to_save["other"].weight is not ours.lm_head.weight
+    pair.check_merged()
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
 
 
 # What is right here and is not in PEFT

@@ -25,13 +25,13 @@ class Once:
     def __init__(self, below: Below, x: Tensor) -> None:
         self.below = below
         self.x = x
-        self._output: Any = None
+        self._output: Tensor | None = None
 
-    def output(self, rows: Tensor) -> Any:
+    def output(self, rows: Tensor) -> Tensor:
         """Return some rows of the output."""
         if self._output is None:
             self._output = self.below(self.x)
-        return _take(self._output, rows)
+        return self._output.index_select(0, rows)
 
 
 class OfRows:
@@ -83,7 +83,7 @@ def run_alike(adapters: Sequence[Adapter], x: Tensor, below: Below, groups: Grou
     once = Once(below, x)
     parts: list[tuple[int, ...]] = []
     sizes: list[int] = []
-    outputs: list[Any] = []
+    outputs: list[Tensor] = []
     for positions in _alike(adapters, groups.sizes):
         chosen = [adapters[position] for position in positions]
         size = max(groups.sizes[position] for position in positions)
@@ -93,13 +93,26 @@ def run_alike(adapters: Sequence[Adapter], x: Tensor, below: Below, groups: Grou
             sizes.append(size)
             outputs.append(output)
             continue
-        for position, adapter in zip(positions, chosen, strict=True):
-            rows = groups.rows((position,), x.device)
-            part = x.index_select(0, rows)
-            parts.append((position,))
-            sizes.append(0)
-            outputs.append(adapter.forward(part, OfRows(once, rows, part)))
+        parts += [(position,) for position in positions]
+        sizes += [0] * len(positions)
+        outputs += [_run_one(adapters[position], position, once, groups) for position in positions]
     return groups.join(parts, sizes, outputs)
+
+
+def run_each(adapters: Sequence[Adapter], x: Tensor, below: Below, groups: Groups) -> Any:
+    """Return what `run_alike` does, with the adapters run one after the other.
+
+    This is for those whose tensors are so large that stacking them costs more than running them.
+    """
+    once, positions = Once(below, x), range(len(adapters))
+    outputs = [_run_one(adapters[position], position, once, groups) for position in positions]
+    return groups.join([(position,) for position in positions], [0] * len(adapters), outputs)
+
+
+def _run_one(adapter: Adapter, position: int, once: Once, groups: Groups) -> Tensor:
+    rows = groups.rows((position,), once.x.device)
+    x = once.x.index_select(0, rows)
+    return adapter.forward(x, OfRows(once, rows, x))
 
 
 def _alike(adapters: Sequence[Adapter], sizes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -112,23 +125,23 @@ def _alike(adapters: Sequence[Adapter], sizes: Sequence[int]) -> list[tuple[int,
     return [tuple(positions) for positions in found.values()]
 
 
-def _run_stacked(adapters: Sequence[Adapter], once: Once, rows: Tensor) -> Any:
+def _run_stacked(adapters: Sequence[Adapter], once: Once, rows: Tensor) -> Tensor | None:
     """Return the output of adapters that are alike on their rows (adapters x rows), or None if that cannot be done."""
     if len(adapters) == 1 or torch.compiler.is_compiling():
         return None  # the compiler traces plain calls, and fuses them itself
 
-    def run(rows: Tensor, x: Tensor, tensors: list[Tensor]) -> Any:
+    def run(rows: Tensor, x: Tensor, tensors: list[Tensor]) -> Tensor:
         return _with_tensors(adapters[0], iter(tensors)).forward(x, OfRows(once, rows, x))
 
     tensors = [torch.stack(same) for same in zip(*map(_tensors, adapters), strict=True)]
     x = once.x.index_select(0, rows.flatten()).view(*rows.shape, *once.x.shape[1:])
     try:
-        output = torch.vmap(run, randomness="different")(rows, x, tensors)
+        output: Tensor = torch.vmap(run, randomness="different")(rows, x, tensors)
     except RuntimeError:
         # Not every operation can be run for several adapters at once (`.item()`, an autograd function without a rule
         # for it); an error that has another cause comes again when they are run one by one.
         return None
-    return _flat(output)
+    return output.flatten(0, 1)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -190,15 +203,3 @@ def _setting(value: Any) -> Any:
     if isinstance(value, dict):
         return kind, tuple((key, _setting(item)) for key, item in value.items())
     return kind, id(value)
-
-
-def _take(value: Any, rows: Tensor) -> Any:
-    if isinstance(value, (tuple, list)):
-        return type(value)(_take(item, rows) for item in value)
-    return value.index_select(0, rows) if isinstance(value, Tensor) else value
-
-
-def _flat(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return type(value)(_flat(item) for item in value)
-    return value.flatten(0, 1)

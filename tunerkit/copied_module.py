@@ -109,9 +109,14 @@ class CopiedModule(nn.Module, BaseTunerLayer):
 
     # Adapters
 
-    def add_copy(self, name: str) -> None:
-        """Give an adapter a copy of the original; it is not active yet."""
-        self._container[name] = copy.deepcopy(self.get_base_layer())
+    def add_copy(self, name: str, memo: dict[int, Any]) -> None:
+        """Give an adapter a copy of the original; it is not active yet.
+
+        Args:
+            name: The adapter's name.
+            memo: What was copied before, by the id of the original, and is to be shared (see `copy.deepcopy`).
+        """
+        self._container[name] = copy.deepcopy(self.get_base_layer(), memo)
 
     def trainable_tensors(self, name: str) -> Iterator[Tensor]:
         """Go through the parameters of a copy, all of which train when its adapter does."""

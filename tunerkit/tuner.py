@@ -22,7 +22,7 @@ from tunerkit.errors import (
 from tunerkit.hook_calls import HookCalls, declared_method, overrides_hooks
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, cast_up, tuner_layers
-from tunerkit.modules_to_save import put_copies
+from tunerkit.modules_to_save import put_copies, tied_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
 from tunerkit.plan import Plan, make_plan
@@ -198,7 +198,7 @@ class BaseTuner(HookCalls, RoutedModel):
                 via_hook=not overrides_hooks(type(face)),
                 meta=low_cpu_mem_usage,
             )
-            layers += put_copies(plan.copies, adapter_name, self.owner, journal)
+            layers += put_copies(plan.copies, adapter_name, self.owner, journal, tied=tied_copies(plan.config))
             if which is not None:
                 self.biases = Biases(adapter_name, which, model)
             self.peft_config[adapter_name] = plan.config

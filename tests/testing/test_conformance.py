@@ -182,7 +182,7 @@ class TestModels:
             def config(self):
                 return LoraConfig()
 
-        expected = ["linear", "embedding", "conv1d", "conv2d", "conv3d", "grouped conv2d"]
+        expected = ["linear", "embedding", "attention", "parameter", "conv1d", "conv2d", "conv3d", "grouped conv2d"]
         assert Case()._declared_kinds() == expected
 
     @pytest.mark.parametrize(("sample", "kind"), [("grouped conv2d", "conv2d"), ("linear", "linear"), ("own", "own")])

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from tunerkit import get_peft_model
 from tunerkit.errors import RouteError, UnknownAdapterError
+from tunerkit.testing.bench import move
 from tunerkit.testing.parity import MOVED, Pair, assert_close
 from tunerkit_ia3 import IA3Config
 from tunerkit_lora import LoraConfig
@@ -63,6 +65,34 @@ def test_outputs(pair):
         plain = pair.ours(**pair.inputs).logits
     assert_close(ours, theirs)
     assert (ours - plain).abs().amax(dim=(1, 2))[1:].min() > MOVED
+
+
+def test_factors_of_embeddings_are_not_stacked(monkeypatch):
+    base, _, inputs = llama()
+    pair = Pair(base, LoraConfig(r=2, target_modules=["embed_tokens"]), inputs, "one")
+    pair.add("two", LoraConfig(r=2, target_modules=["embed_tokens"]))
+    monkeypatch.setattr(torch, "stack", None)
+    with torch.no_grad():
+        assert_close(*(model(**inputs, adapter_names=ROWS).logits for model in (pair.ours, pair.theirs)))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_variants(use_dora, start):
+    base, targets, inputs = llama()
+    config = LoraConfig(r=2, target_modules=targets[:2], use_dora=use_dora, init_lora_weights=start)
+    model = get_peft_model(base, config, "one").eval()
+    model.add_adapter("two", config)
+    for number, name in enumerate(("one", "two")):
+        move(model, name, seed=number)
+    outputs = {}
+    for name in ("one", "two", "__base__"):
+        with torch.no_grad(), model.use_adapter([] if name == "__base__" else name):
+            outputs[name] = model(**inputs).logits
+    with torch.no_grad():
+        found = model(**inputs, adapter_names=ROWS).logits
+    assert_close(found, torch.stack([outputs[name][row] for row, name in enumerate(ROWS)]))
+    assert (outputs["one"] - outputs["two"]).abs().max() > MOVED
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
