@@ -40,7 +40,7 @@ BUILT = {
     "lora_dropout": 0.1,
     "use_rslora": True,
     "bias": "lora_only",
-    "layer_replication": [(0, 2), (1, 3)],
+    "layer_replication": [[0, 2], [1, 3]],
     "layers_to_transform": [0, 2],
     "layers_pattern": "layers",
     "init_lora_weights": False,
