@@ -85,7 +85,8 @@ class LoraConfig(PeftConfig):
         use_qalora: Whether the input is pooled for a grouped quantisation (QALoRA). *(not built)*
         qalora_group_size: The size of QALoRA's groups. *(not built)*
         monteclora_config: Settings of MonteCLoRA's sampling. *(not built)*
-        layer_replication: Ranges of layers to repeat with shared weights. *(not built)*
+        layer_replication: Ranges of layers, each from one to before another, that the model is to consist of: layers
+            are repeated with shared weights and adapters of their own. `[(0, 4), (2, 5)]` makes 7 layers of 5.
         runtime_config: Settings of this run, which are not saved.
         lora_bias: Whether `B` has a bias, which is trained and scaled with it. Not for embeddings, and only with
             `init_lora_weights` at `True` or `False`.
@@ -128,7 +129,7 @@ class LoraConfig(PeftConfig):
     use_qalora: bool = unbuilt(default=False)
     qalora_group_size: int = unbuilt(16)
     monteclora_config: dict[str, Any] | None = unbuilt(None)
-    layer_replication: list[tuple[int, int]] | None = unbuilt(None)
+    layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = setting(factory=LoraRuntimeConfig, saved=False)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
@@ -147,6 +148,8 @@ class LoraConfig(PeftConfig):
         """
         self._check_start()
         super().check()
+        if self.layer_replication is not None:  # a file has lists
+            self.layer_replication = [(start, end) for start, end in self.layer_replication]
         for entry, rank in (self.rank_pattern or {}).items():
             if rank <= 0:
                 msg = f"LoraConfig.rank_pattern[{entry!r}] must be above 0; it is {rank!r}."
