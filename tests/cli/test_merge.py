@@ -57,7 +57,8 @@ def test_json(run, folders, tmp_path):
     report = json.loads(result.stdout)
     assert result.exit_code == 0
     assert list(report) == [
-        "base", "adapter", "out", "method", "model", "merged", "untouched", "untied", "bytes", "left_out", "seconds",
+        "base", "adapter", "out", "method", "model", "merged", "replaced", "untouched", "untied",
+        "lacking", "bytes", "left_out", "seconds",
     ]  # fmt: skip
     assert report["merged"] == report["untied"] == ["lm_head.weight"]
     assert report["out"] == str(tmp_path / "out")

@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from merged_folders import move
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -71,10 +72,3 @@ def adapted(tmp_path, ids):
         return tmp_path / name, peft
 
     return adapt
-
-
-def move(peft, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in peft.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)

@@ -61,7 +61,7 @@ class LoraAdapter(LowRankAdapter):
         """Return ``s B A``, out x in."""
         del base
         first, second = self.product()
-        return self.scaling * (second @ first)
+        return (self.scaling * second) @ first
 
     def delta_bias(self, base: Site) -> Tensor | None:
         """Return ``s c``, or None."""
