@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from merged_folders import check_equal, tensors_of
+from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import bias, bottleneck, hooks_by_hand, parameters, registered, rotation, shared, tuner_by_hand
 from transformers import (
@@ -31,7 +31,14 @@ from transformers import (
 )
 
 from tunerkit.demo.encoder import find_model
-from tunerkit.errors import CheckpointError, CheckpointNotFoundError, LoadWarning, MergeError, TunerkitError, UnknownMethodError
+from tunerkit.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    LoadWarning,
+    MergeError,
+    TunerkitError,
+    UnknownMethodError,
+)
 from tunerkit.offline import merging, skeleton, writing
 from tunerkit.offline.merging import merge_folder
 from tunerkit_lora import LoraConfig

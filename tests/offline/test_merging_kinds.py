@@ -86,9 +86,17 @@ def check_vision(kind, out, peft, pixels):
 def test_transposed_layers_and_embeddings(saved, adapted, out, ids, targets, tied):
     base = saved(gpt2(tied=tied))
     fan = {"fan_in_fan_out": True} if targets[0] == "c_attn" else {}
-    with pytest.warns(UserWarning, match="fan_in_fan_out=") if "c_fc" in targets and not fan else contextlib.nullcontext():
+    with (
+        pytest.warns(UserWarning, match="fan_in_fan_out=")
+        if "c_fc" in targets and not fan
+        else contextlib.nullcontext()
+    ):
         adapter, peft = adapted(gpt2(tied=tied), LoraConfig(r=2, target_modules=targets, **fan))
-    with pytest.warns(UserWarning, match="fan_in_fan_out=") if "c_fc" in targets and not fan else contextlib.nullcontext():
+    with (
+        pytest.warns(UserWarning, match="fan_in_fan_out=")
+        if "c_fc" in targets and not fan
+        else contextlib.nullcontext()
+    ):
         report = merge_folder(base, adapter, out)
     assert report.untied == (["lm_head.weight"] if tied and "wte" in targets else [])
     with pytest.warns(UserWarning, match="tie_word_embeddings=False") if report.untied else contextlib.nullcontext():
@@ -238,7 +246,9 @@ class TestWhatIsCut:
         base = saved(llama())
         adapter, _ = adapted(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
         self.cut(adapter, "1.self_attn.v_proj")
-        with pytest.warns(LoadWarning, match=r"means 1 more modules .*holds nothing: 'model.layers.1.self_attn.v_proj'"):
+        with pytest.warns(
+            LoadWarning, match=r"means 1 more modules .*holds nothing: 'model.layers.1.self_attn.v_proj'"
+        ):
             report = merge_folder(base, adapter, out)
         assert report.lacking == ["model.layers.1.self_attn.v_proj"]
         assert len(report.merged) == 3

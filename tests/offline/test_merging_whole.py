@@ -94,9 +94,7 @@ def test_what_is_tied_within_and_without(saved, adapted, out, ids, bert_config):
 
 
 def test_a_tie_that_the_config_cannot_undo(saved, out, tmp_path):
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    )
+    model = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     base = saved(model)
     get_peft_model(model, lora("lm_head", targets=["q"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"'lm_head.weight', which the base model ties"):
@@ -165,7 +163,9 @@ def test_numbers_that_are_none(llama, saved, adapted, out):
     base = saved(llama())
     adapter, _ = adapted(llama(), lora("lm_head"))
     path = adapter / "adapter_model.safetensors"
-    save_file({key: tensor * (float("inf") if "lm_head" in key else 1) for key, tensor in load_file(path).items()}, path)
+    save_file(
+        {key: tensor * (float("inf") if "lm_head" in key else 1) for key, tensor in load_file(path).items()}, path
+    )
     with pytest.raises(MergeError, match=r"NaN or infinities into 'lm_head.weight'"):
         merge_folder(base, adapter, out)
     assert not out.exists()
