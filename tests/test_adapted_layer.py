@@ -9,7 +9,7 @@ from torch import nn
 
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, AdditiveAdapter, add_low_rank, linear
-from tunerkit.errors import AdapterStateError
+from tunerkit.errors import AdapterStateError, MergeError, UnknownAdapterError
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.names import PerAdapter
 from tunerkit.route import Owner, routed
@@ -265,6 +265,26 @@ class TestPrecision:
         assert seen == [torch.float32] * hooked
 
 
+class TestWhatIsAdded:
+    def test_in_the_shape_of_the_weight(self):
+        layer = layer_on(nn.Linear(5, 4), low=LowRank)
+        low = layer.adapters["low"]
+        assert torch.equal(layer.get_delta_weight("low"), low.delta(layer.bare_site))
+        assert layer.get_delta_weight("low").requires_grad
+
+    def test_in_the_dtype_of_the_adapter(self):
+        layer = layer_on(nn.Linear(5, 4).bfloat16(), low=LowRank)
+        layer.adapters["low"].float()
+        assert layer.get_delta_weight("low").dtype is torch.float32
+
+    def test_of_what_is_not_there(self):
+        layer = layer_on(nn.Linear(5, 4), low=LowRank, times=Times)
+        with pytest.raises(KeyError) as error:
+            layer.get_delta_weight("lo")
+        assert type(error.value) is UnknownAdapterError
+        assert str(error.value) == "The layer 'fc' has no adapter 'lo'; it has 'low', 'times'."
+
+
 class TestForwarding:
     def test_the_base_layer(self):
         layer = layer_on(nn.Linear(5, 4), low=LowRank)
@@ -296,6 +316,24 @@ class TestForwarding:
         assert outer.in_features == 5
         assert outer.parameter_name == "bias"
         assert inner.parameter_name is None
+
+    def test_what_is_merged_is_not_changed(self):
+        layer = layer_on(nn.Linear(5, 4), low=LowRank, other=LowRank)
+        held = layer.scaling
+        held["low"] = 2.0
+        layer.merge(adapter_names=["low"])
+        for change in (lambda: held.update(low=3.0), lambda: layer.scaling.pop("low")):
+            with pytest.raises(AdapterStateError) as error:
+                change()
+            assert str(error.value) == (
+                "The adapter 'low' is merged into 'fc', so changing it would have no effect there. Call "
+                "unmerge_adapter() first."
+            )
+        held["other"] = 3.0
+        assert dict(layer.scaling) == {"low": 2.0, "other": 3.0}
+        layer.unmerge()
+        held["low"] = 4.0
+        assert layer.adapters["low"].scaling == 4.0
 
     def test_adapters_are_a_copy(self):
         layer = layer_on(nn.Linear(5, 4), low=LowRank)
@@ -522,3 +560,42 @@ class TestTheRest:
         with routed(layer._owner, ("times",)):
             assert torch.equal(other(x), y)
             assert not torch.allclose(layer(x), y)
+
+
+class TestDeltaWeight:
+    @pytest.mark.parametrize("kind", [LowRank, Times, OfBare])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_is_what_the_adapter_alone_changes(self, kind, dtype):
+        base = nn.Linear(3, 4).to(dtype)
+        original = base.weight.detach().clone()
+        layer = AdaptedLayer(make_site(base, "lin"), Owner())
+        for name in ("a", "b"):
+            adapter = kind(layer.site).float()
+            layer.add_adapter(name, adapter, "toy")
+        layer.set_adapter(["b", "a"])
+        alone = layer.get_delta_weight("a")
+        assert alone.shape == (4, 3)
+        assert alone.requires_grad
+        assert alone.abs().max() > 1e-3
+        layer.merge(adapter_names=["b"])
+        torch.testing.assert_close(layer.get_delta_weight("a"), alone)
+        layer.unmerge()
+        layer.set_adapter(["a"])
+        layer.merge()
+        torch.testing.assert_close(layer.weight, (original.float() + alone.detach()).to(dtype))
+
+    def test_refusals(self):
+        layer = AdaptedLayer(make_site(nn.Linear(3, 4), "lin"), Owner())
+        layer.add_adapter("a", Times(layer.site), "toy")
+        with pytest.raises(UnknownAdapterError, match=r"The layer 'lin' has no adapter 'b'; it has 'a'."):
+            layer.get_delta_weight("b")
+        layer.adapters["a"].unfoldable = "it looks at the input"
+        with pytest.raises(MergeError, match=r"'a' on 'lin' does not change its weight: it looks at the input."):
+            layer.get_delta_weight("a")
+
+
+def test_printed_it_names_its_methods_and_its_base():
+    layer = AdaptedLayer(make_site(nn.Linear(3, 4), "lin"), Owner())
+    layer.add_adapter("a", Times(layer.site), "times")
+    layer.add_adapter("b", LowRank(layer.site), "low-rank")
+    assert repr(layer).startswith("low-rank+times.Linear(\n  (base_layer): Linear(in_features=3")

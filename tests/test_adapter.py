@@ -64,6 +64,16 @@ class TestAdapter:
         assert torch.equal(weight, site.weight + adapter.toy_plus.view(4, 5))
         assert bias is site.bias
 
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_additive_to_the_bias(self, bias):
+        class More(Plus):
+            def delta_bias(self, base):
+                return torch.ones(base.out_features)
+
+        site = LinearSite(nn.Linear(5, 4, bias=bias))
+        expected = site.bias + 1 if bias else torch.ones(4)
+        assert torch.equal(More(site).merged(site)[1], expected)
+
     def test_part(self, site):
         part = Part([site], None)
         assert part.entries == part.exposes == ()
@@ -89,7 +99,16 @@ class TestLinear:
 
     @pytest.mark.parametrize("trains", [False, True])
     def test_whether_it_trains(self, trains):
-        assert linear(torch.randn(4, 5), trains=trains).weight.requires_grad is trains
+        made = linear(torch.randn(4, 5), torch.randn(4), trains=trains)
+        assert made.weight.requires_grad is made.bias.requires_grad is trains
+
+    def test_with_a_bias(self):
+        weight, bias = torch.randn(4, 5), torch.randn(4)
+        made, ordinary = linear(weight, bias), nn.Linear(5, 4)
+        ordinary.load_state_dict(made.state_dict(), strict=True)
+        x = torch.randn(3, 5)
+        assert torch.equal(made(x), ordinary(x))
+        assert made.bias.data_ptr() == bias.data_ptr()
 
     def test_it_draws_no_random_numbers(self):
         state = torch.get_rng_state()

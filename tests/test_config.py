@@ -358,3 +358,67 @@ class TestCheckConfig:
                 + ", ".join(map(repr, plugins.method_ids()))
                 + "."
             )
+
+
+@dataclass
+class Layered(PeftConfig):
+    peft_type: str | None = "LAYERED"
+    target_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+
+class TestLayers:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"layers_to_transform": 0, "target_modules": ["q"]},
+            {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+            {"layers_to_transform": [], "layers_pattern": ["layers"], "target_modules": ["q"]},
+            {"layers_pattern": "", "target_modules": ["q"]},
+            {"target_modules": "all-linear"},
+        ],
+    )
+    def test_is_taken(self, settings):
+        assert Layered(**settings).layers_to_transform == settings.get("layers_to_transform")
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (
+                {"layers_to_transform": 0, "target_modules": ".*q"},
+                (
+                    "Layered.layers_to_transform=0 narrows a list of names in target_modules, which is the text '.*q'. "
+                    "Pass a list, or say in the pattern which layers are meant."
+                ),
+            ),
+            (
+                {"layers_to_transform": [], "target_modules": "all-linear"},
+                (
+                    "Layered.layers_to_transform=[] narrows a list of names in target_modules, which is the text "
+                    "'all-linear'. Pass a list, or say in the pattern which layers are meant."
+                ),
+            ),
+            (
+                {"layers_pattern": "", "target_modules": "q"},
+                (
+                    "Layered.layers_pattern='' narrows a list of names in target_modules, which is the text 'q'. "
+                    "Pass a list, or say in the pattern which layers are meant."
+                ),
+            ),
+            (
+                {"layers_pattern": ["h"], "target_modules": ["q"]},
+                (
+                    "Layered.layers_pattern=['h'] is the name before a layer's number and does nothing without "
+                    "layers_to_transform. Set that too, or leave both out."
+                ),
+            ),
+        ],
+    )
+    def test_is_refused_as_in_peft(self, settings, message):
+        peft = pytest.importorskip("peft", reason="comparing with PEFT needs it")
+        with pytest.raises(ValueError, match="layers_"):
+            peft.LoraConfig(**settings)
+        with pytest.raises(ConfigError) as caught:
+            Layered(**settings)
+        assert str(caught.value) == message

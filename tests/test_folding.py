@@ -369,14 +369,15 @@ class TestPartly:
         assert torch.equal(layer.adapters["later"].born_from, bare)
         assert not torch.equal(layer.base_layer.weight, bare)
 
-    def test_forget_originals(self):
+    def test_merging_for_good(self):
         layer = layer_on(nn.Linear(5, 4), plus=Plus, share=Share)
-        originals = {"weight": layer.base_layer.weight}
+        original = layer.base_layer.weight
         x = torch.randn(3, 5)
         y = layer(x)
-        assert layer.forget_originals() == {}
-        layer.merge(adapter_names=["plus"])
-        assert layer.forget_originals() == originals
+        assert layer.merge_for_good(["nobody"]) == []
+        [(old, heir)] = layer.merge_for_good(["plus"])
+        assert old is original
+        assert heir is layer.base_layer.weight
         assert not layer.merged
         assert layer.active_adapters == ["share"]
         layer.unmerge()

@@ -15,6 +15,7 @@ import tunerkit
 from tunerkit import (
     Method,
     PeftConfig,
+    functional,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -25,7 +26,7 @@ from tunerkit import (
     use_adapter,
 )
 from tunerkit.adapter import Adapter, Part
-from tunerkit.errors import CheckpointError, ConfigError, TargetError, UnknownAdapterError
+from tunerkit.errors import AdapterWarning, CheckpointError, ConfigError, TargetError, UnknownAdapterError
 from tunerkit.layer import tuner_layers
 from tunerkit.testing.bench import Snapshot, difference, same_bits
 from tunerkit_ia3 import IA3Config
@@ -188,10 +189,10 @@ class TestStateDict:
             with pytest.raises(UnknownAdapterError, match=r"The model has no adapter 'c'; it has none."):
                 call(make_base(), adapter_name="c")
 
-    @pytest.mark.parametrize("value", [True, "yes", None])
-    def test_embeddings_are_not_saved_yet(self, model, value):
+    @pytest.mark.parametrize("value", ["yes", None])
+    def test_embeddings_are_saved_or_not(self, model, value):
         with pytest.raises(
-            ConfigError, match=f"save_embedding_layers={value!r} is not supported by this version; leave it"
+            ConfigError, match=f"^save_embedding_layers must be 'auto', True or False; it is {value!r}.$"
         ):
             get_peft_model_state_dict(model, adapter_name="a", save_embedding_layers=value)
         assert get_peft_model_state_dict(model, adapter_name="a", save_embedding_layers=False)
@@ -297,9 +298,97 @@ class TestUseAdapter:
 )
 def test_signatures_are_pefts(name):
     peft = pytest.importorskip("peft", reason="comparing with PEFT needs it")
-    theirs = [p for p in inspect.signature(getattr(peft, name)).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    mine = list(inspect.signature(getattr(tunerkit, name)).parameters.values())
-    assert [(p.name, p.default) for p in mine] == [(p.name, p.default) for p in theirs]
+    mine, theirs = (
+        [
+            (p.name, p.default)
+            for p in inspect.signature(getattr(place, name)).parameters.values()
+            if p.kind is not p.VAR_KEYWORD
+        ]
+        for place in (tunerkit, peft)
+    )
+    assert mine == theirs
+
+
+class TestOnInjectedModels:
+    """PEFT's `peft.functional`, for models without a `PeftModel` around them."""
+
+    @pytest.fixture
+    def base(self):
+        base = inject_adapter_in_model(lora(), make_base(), "a")
+        inject_adapter_in_model(lora("0"), base, "b")
+        inject_adapter_in_model(IA3Config(target_modules=["2"], feedforward_modules=[]), base, "c")
+        move_all(base)
+        return base
+
+    @staticmethod
+    def trains(base):
+        return {part for name, p in base.named_parameters() if p.requires_grad for part in name.split(".")} & set("abc")
+
+    def test_set_adapter(self, base):
+        functional.set_adapter(base, "a")
+        assert (base[0].active_adapters, base[2].active_adapters) == (["a"], ["a"])
+        assert self.trains(base) == {"a"}
+        with_a = run(base)
+        functional.set_adapter(base, ["a", "c"])
+        assert self.trains(base) == {"a", "c"}
+        assert difference(run(base), with_a) > 1e-3
+        functional.set_adapter(base, "a", inference_mode=True)
+        assert self.trains(base) == set()
+        assert same_bits(run(base), with_a)
+        with pytest.raises(UnknownAdapterError, match="The model has no adapter 'd'; it has 'a', 'b', 'c'"):
+            functional.set_adapter(base, "d")
+
+    def test_set_requires_grad(self, base):
+        functional.set_requires_grad(base, ["a", "b"])
+        assert self.trains(base) == {"a", "b", "c"}
+        functional.set_requires_grad(base, "c", requires_grad=False)
+        assert self.trains(base) == {"a", "b"}
+
+    def test_delete_adapter(self, base):
+        plain = make_base()
+        assert functional.delete_adapter(base, "a", prefix="lora_") == ["c"]
+        assert (base[0].available_adapters, base[2].available_adapters) == (["b"], ["c"])
+        assert list(base.peft_config) == ["b", "c"]
+        with pytest.warns(AdapterWarning, match="The active adapter 'c' was deleted; 'b'"):
+            assert functional.delete_adapter(base, "c") == ["b"]
+        assert type(base[2]) is nn.Linear
+        assert functional.delete_adapter(base, "b") is None
+        assert same_bits(run(base), run(plain))
+        assert not hasattr(base, "peft_config")
+
+    def test_delete_finds_layers_whatever_they_are_called(self):
+        """PEFT passes over every module whose path holds the method's prefix and leaves the adapter there."""
+        peft = pytest.importorskip("peft", reason="comparing with PEFT needs it")
+
+        def make():
+            return nn.ModuleDict({"lora_head": nn.Linear(3, 3), "other": nn.Linear(3, 3)})
+
+        targets = {"target_modules": ["lora_head", "other"], "r": 2}
+        mine = inject_adapter_in_model(LoraConfig(**targets), make())
+        functional.delete_adapter(mine, "default", prefix="lora_")
+        assert [type(module) for module in mine.values()] == [nn.Linear, nn.Linear]
+        theirs = peft.inject_adapter_in_model(peft.LoraConfig(**targets), make())
+        pytest.importorskip("peft.functional").delete_adapter(theirs, "default", prefix="lora_")
+        assert list(theirs["lora_head"].lora_A) == ["default"]
+        assert list(theirs["other"].lora_A) == []
+
+    def test_on_a_peft_model(self):
+        model = get_peft_model(make_base(), lora())
+        model.add_adapter("b", lora("0"))
+        functional.set_adapter(model, "b")
+        assert model.active_adapters == ["b"]
+        functional.delete_adapter(model, "default")
+        assert list(model.peft_config) == ["b"]
+
+    def test_without_adapters(self):
+        calls = (functional.set_adapter, functional.delete_adapter, functional.set_requires_grad)
+        for call in calls:
+            with pytest.raises(UnknownAdapterError, match=r"The model \(Sequential\) has no adapters."):
+                call(make_base(), "a")
+
+    def test_names_are_pefts(self):
+        theirs = pytest.importorskip("peft.functional", reason="comparing with PEFT needs it")
+        assert [name for name in theirs.__all__ if not hasattr(functional, name)] == []
 
 
 class TestCastAdapterDtype:

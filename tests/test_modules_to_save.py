@@ -28,6 +28,7 @@ from tunerkit.errors import (
     MergeError,
     MergeWarning,
     NoMatchingPeftModuleError,
+    RouteError,
     TargetError,
     TargetWarning,
     UnsupportedSiteError,
@@ -206,8 +207,8 @@ class TestActive:
         model.add_adapter("other", LoraConfig(target_modules=["lin"]))
         before = Snapshot.of(model)
         message = (
-            "'a', 'b' cannot be active together: each has a copy of its own of the module 'head', and only one can take "
-            "its place. Choose one of them."
+            "'a', 'b' cannot be active together: each has a copy of its own of the module 'head', and only one can "
+            "take its place. Choose one of them."
         )
         for call in (model.set_adapter, lambda names: model.use_adapter(names).__enter__(), head_of(model).set_adapter):
             with pytest.raises(AdapterStateError) as caught:
@@ -299,8 +300,71 @@ class TestRoutes:
     def test_part_called_by_itself_with_checkpointing_is_refused(self):
         model = make("a", "b")
         hidden = torch.randn(2, 4, requires_grad=True)
-        with model.use_adapter("b"), pytest.raises(tunerkit.errors.RouteError, match="A part of the model was called"):
+        with model.use_adapter("b"), pytest.raises(RouteError, match="A part of the model was called"):
             torch.utils.checkpoint.checkpoint(head_of(model), hidden, use_reentrant=False)
+
+
+class TestRows:
+    NAMES = ("b", "__base__", "a", "b", "plain")
+
+    def rows_model(self, base=None):
+        model = make("a", "b", base=base)
+        model.add_adapter("plain", LoraConfig(target_modules=["lin"], r=2))
+        move(model, "plain", 5)
+        return model.eval()
+
+    def expected(self, model):
+        outputs = []
+        for row, name in enumerate(self.NAMES):
+            with model.use_adapter([] if name == "__base__" else name):
+                outputs.append(run(model, X[row : row + 1]))
+        return torch.cat(outputs)
+
+    def test_each_row_has_the_copy_of_its_adapter(self):
+        model = self.rows_model()
+        with torch.no_grad():
+            found = model(X, adapter_names=list(self.NAMES))
+        torch.testing.assert_close(found, self.expected(model), atol=1e-6, rtol=1e-6)
+
+    def test_original_where_no_adapter_has_a_copy(self):
+        model = self.rows_model()
+        with torch.no_grad():
+            found = model(X[:2], adapter_names=["__base__", "plain"])
+        torch.testing.assert_close(found[0], run(make_base(), X[:1])[0], atol=1e-6, rtol=1e-6)
+
+    def test_gradients_go_to_each_copy(self):
+        model = self.rows_model()
+        for name in ("a", "b"):
+            model.set_requires_grad(name)
+        model(X, adapter_names=list(self.NAMES)).square().sum().backward()
+        copies = head_of(model).modules_to_save
+        assert copies["a"].out.weight.grad.abs().max() > 1e-3
+        assert not torch.equal(copies["a"].out.weight.grad, copies["b"].out.weight.grad)
+
+    def test_other_tensors_beside_the_input_are_refused(self):
+        model = make("a", "b", saved=["norm"])
+        with (
+            model.base_model.use_rows(["a", "b"]),
+            pytest.raises(RouteError, match="the layer 'norm' takes other tensors beside its input"),
+        ):
+            model.get_base_model().norm(X[:2], X[:2])
+
+    def test_input_whose_first_dimension_is_not_the_rows_is_refused(self):
+        model = self.rows_model()
+        with model.base_model.use_rows(["a", "b"]), pytest.raises(RouteError, match="the layer 'head' got an input of"):
+            head_of(model)(X[:3])
+
+    def test_reading_what_differs_is_refused(self):
+        model = self.rows_model()
+        head = head_of(model)
+        with model.base_model.use_rows(["a", "b"]), pytest.raises(RouteError) as caught:
+            _ = head.out
+        assert str(caught.value) == (
+            "Each row of the batch has an adapter of its own, and the parameters of the layer 'head' are read for the "
+            "whole batch, with 'a' among the adapters. Call the model once for each adapter, within use_adapter(name)."
+        )
+        with model.base_model.use_rows(["plain", "__base__"]):
+            assert head.out is head.original_module.out
 
 
 class TestDeleting:
@@ -409,8 +473,8 @@ class TestUnloading:
         with pytest.raises(MergeError) as caught:
             getattr(model, call)(adapter_names=["a", "b"])
         assert str(caught.value) == (
-            "'a', 'b' cannot be merged together: each has a copy of its own of the module 'head', and only one can stay "
-            "in its place. Merge one of them."
+            "'a', 'b' cannot be merged together: each has a copy of its own of the module 'head', and only one can "
+            "stay in its place. Merge one of them."
         )
         assert before.differences(model) == []
 
@@ -509,7 +573,7 @@ class TestFiles:
 
 
 class TestCopies:
-    @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301 - our own bytes
     def test_a_copy_of_the_model_has_copies_of_its_own(self, way):
         model = make("a", "b")
         other = way(model)
@@ -612,10 +676,11 @@ class TestMatching:
     def test_entry_that_matches_nothing_warns(self):
         with pytest.warns(TargetWarning) as caught:
             get_peft_model(make_base(), lora("heads", "norm"))
-        assert [str(one.message) for one in caught] == [
+        [warning] = caught
+        assert str(warning.message) == (
             "'heads' in modules_to_save matches nothing; closest: 'head', 'head.dense', 'head.out'. The other entries "
             "were matched."
-        ]
+        )
 
     def test_warning_made_an_error_leaves_the_model(self):
         base = make_base()
@@ -685,8 +750,8 @@ class TestRefusals:
         with pytest.raises(TypeError) as caught:
             get_peft_model(base, lora(name))
         assert str(caught.value) == (
-            f"modules_to_save means {name!r}, a {kind}, which is never called as a whole, so a copy of it would never be "
-            f"run. Name the modules in it: {inside}."
+            f"modules_to_save means {name!r}, a {kind}, which is never called as a whole, so a copy of it would never "
+            f"be run. Name the modules in it: {inside}."
         )
         assert before.differences(base) == []
         get_peft_model(base, lora("many.0"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import warnings
@@ -93,6 +94,18 @@ def test_second_adapter_without_copies():
     pair.check_outputs()
     pair.check_gradients()
     pair.check_merged()
+
+
+def test_rows_of_a_batch():
+    # PEFT can do it for plain layers only, and not for the whole head.
+    config = LoraConfig(target_modules=["lin"], r=2, modules_to_save=["head.out"])
+    pair = Pair(make_base(), config, inputs())
+    pair.add("other", config)
+    names = ["other", "default", "__base__", "other", "default"]
+    with torch.no_grad():
+        ours = pair.ours(**pair.inputs, adapter_names=names)
+        theirs = pair.theirs(**pair.inputs, adapter_names=names)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_unloading():
@@ -192,6 +205,31 @@ def test_tied_embeddings(saved, tmp_path):
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
     assert plain.config.tie_word_embeddings
     assert torch.equal(run(plain, pair.inputs), run(base, pair.inputs))
+
+
+@dataclasses.dataclass
+class TyingConfig(LoraConfig):
+    ensure_weight_tying: bool = False
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_tied_copies_of_tied_embeddings(saved):
+    base = make("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=True)
+    config = TyingConfig(task_type="CAUSAL_LM", r=4, modules_to_save=[saved], ensure_weight_tying=True)
+    pair = Pair(base, config, {"input_ids": IDS})
+    pair.check_parameters()
+    pair.check_tensors()
+    pair.check_outputs()
+    pair.check_disabled()
+    pair.check_gradients()
+    pair.check_steps()
+    ours = pair.ours.get_base_model()
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    pair.ours.add_adapter("other", config)
+    assert ours.lm_head.modules_to_save["other"].weight is ours.model.embed_tokens.modules_to_save["other"].weight
+    assert ours.lm_head.modules_to_save["other"].weight is not ours.lm_head.weight
+    pair.check_merged()
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
 
 
 # What is right here and is not in PEFT

@@ -13,6 +13,7 @@ from tunerkit import Method, get_peft_model, hookimpl, inject_adapter_in_model, 
 from tunerkit.adapter import Adapter
 from tunerkit.errors import (
     ConfigError,
+    ConfigWarning,
     NoMatchingPeftModuleError,
     PluginError,
     TargetError,
@@ -103,6 +104,55 @@ class TestPlan:
         wrapped = get_peft_model(Model(), lora("q_proj"))
         assert tunerkit.plan(wrapped, lora("q_proj")).decisions == expected
         assert tunerkit.plan(wrapped.base_model, lora("q_proj")).decisions == expected
+
+
+class TestLayers:
+    def test_says_which_modules_are_left_out(self, model):
+        model.tail = nn.Sequential(nn.Linear(4, 4))
+        config = lora("q_proj", "v_proj", "tail.0", "0", layers_to_transform=1, layers_pattern=["h", "layers"])
+        found = tunerkit.plan(model, config)
+        assert found.adapted == ["layers.1.q_proj", "layers.1.v_proj", "tail.0"]
+        assert {item.name: item.reason for item in found.decisions if item.verdict == "excluded"} == dict.fromkeys(
+            ["layers.0", "layers.0.q_proj", "layers.0.v_proj"], "layers_to_transform"
+        )
+        assert found.entries == {"0": 2, "tail.0": 1, "q_proj": 2, "v_proj": 2}
+        assert found.layers == {1: 2, "h": 0, "layers": 4}
+        assert found.unmatched() == ["'h' in layers_pattern matches no layer with targeted modules"]
+
+    def test_a_number_that_no_layer_has_is_warned_about(self, model):
+        with pytest.warns(TargetWarning) as caught:
+            get_peft_model(model, lora("q_proj", layers_to_transform=[0, 7], exclude_modules=["layers.1.q_proj"]))
+        assert [str(item.message) for item in caught] == [
+            "7 in layers_to_transform matches no layer with targeted modules. The other entries were matched."
+        ]
+        assert not hasattr(model.layers[1].q_proj, "available_adapters")
+        assert model.layers[0].q_proj.available_adapters == ["default"]
+
+    def test_no_layer_at_all(self, model):
+        before = Snapshot.of(model)
+        with pytest.raises(NoMatchingPeftModuleError) as caught:
+            get_peft_model(model, lora("q_proj", "v_proj", layers_to_transform=[2, 3]))
+        assert str(caught.value) == (
+            "target_modules=['q_proj', 'v_proj'] matches modules such as 'layers.0.q_proj', and none that is in a "
+            "layer which layers_to_transform=[2, 3] means. A layer's number stands in the path after a name, which "
+            "layers_pattern can give."
+        )
+        with pytest.raises(NoMatchingPeftModuleError, match=r"which layers_to_transform=0, layers_pattern='h' means"):
+            get_peft_model(model, lora("q_proj", layers_to_transform=0, layers_pattern="h"))
+        assert before.differences(model) == []
+
+    def test_a_broken_pattern(self, model):
+        with pytest.raises(TargetError) as caught:
+            tunerkit.plan(model, lora("q_proj", layers_to_transform=0, layers_pattern=["layers", "("]))
+        assert str(caught.value).startswith(
+            "layers_pattern=['layers', '('] holds a broken regular expression for the name before a layer's number: "
+        )
+        assert str(caught.value).endswith("Mend it; mostly it is just that name, such as 'layers'.")
+
+    def test_a_state_dict_says_it_all(self, model):
+        config = lora("q_proj", layers_to_transform=0)
+        inject_adapter_in_model(config, model, state_dict={"layers.1.v_proj.lora_A.weight": torch.zeros(8, 4)})
+        assert model.layers[1].v_proj.available_adapters == ["default"]
 
 
 class TestUnmatched:
@@ -197,14 +247,119 @@ class TestNothingMatched:
         assert message.endswith("for the name of a module pass a list, ['q_(proj'].")
 
 
+class TestPatterns:
+    def test_counts_the_adapted_modules_that_each_fits(self, model):
+        patterns = {"q_proj": 4, r"^layers\.0": 2, "layers.0.v_proj": 3, "head": 5}
+        found = tunerkit.plan(model, lora("q_proj", "v_proj", rank_pattern=patterns, alpha_pattern={".*0.*": 1}))
+        assert found.patterns == {
+            "rank_pattern": {"q_proj": 2, r"^layers\.0": 0, "layers.0.v_proj": 1, "head": 0},
+            "alpha_pattern": {".*0.*": 2},
+        }
+        assert found.unmatched() == [
+            (
+                r"'^layers\\.0' in rank_pattern fits no adapted module; closest: 'layers.0.v_proj', 'layers.0.q_proj', "
+                "'layers.1.v_proj'"
+            ),
+            "'head' in rank_pattern fits no adapted module",
+        ]
+        assert str(found).endswith("'head' in rank_pattern fits no adapted module")
+
+    def test_one_that_fits_nothing_is_warned_about(self, model):
+        with pytest.warns(TargetWarning) as caught:
+            get_peft_model(model, lora("q_proj", "v_proj", rank_pattern={"q_prj": 4, "v_proj": 2}))
+        assert [str(item.message) for item in caught] == [
+            (
+                "'q_prj' in rank_pattern fits no adapted module; closest: 'q_proj', 'v_proj', 'layers.1.q_proj'. The "
+                "other entries were matched."
+            )
+        ]
+        ranks = {name: layer.r["default"] for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
+        assert set(ranks.values()) == {8, 2}
+
+    def test_a_method_without_such_settings(self, model):
+        assert tunerkit.plan(model, IA3Config(target_modules=["q_proj"])).patterns == {}
+
+    @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+    @pytest.mark.parametrize(
+        ("entry", "reason"),
+        [
+            ("v_(", "missing ), unterminated subpattern at position 2"),
+            ("(?i)v", "global flags not at the start of the expression at position 8"),
+        ],
+    )
+    def test_a_broken_one_is_refused(self, model, setting, entry, reason):
+        error = refusal(model, lora("q_proj", **{setting: {"q_proj": 4, entry: 2}}))
+        assert type(error) is TargetError
+        assert str(error) == (
+            f"{setting} holds {entry!r}, which must be a regular expression for a module's path or the end of it, and "
+            f"is a broken one: {reason}. Mend it; for text that is meant as it is use re.escape."
+        )
+
+
+class Stored(nn.Module):
+    """As transformers calls the layer that stores its weight in x out."""
+
+    __module__ = "transformers.pytorch_utils"
+    __qualname__ = "Conv1D"
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.zeros(2))
+
+
+class TestOrientation:
+    @pytest.mark.parametrize("config", [lora, lambda *targets, **others: IA3Config(target_modules=targets, **others)])
+    @pytest.mark.parametrize(
+        ("says", "targets", "corrected"),
+        [
+            (
+                False,
+                ["stored"],
+                "fan_in_fan_out=False does not hold for the targeted Stored, which stores its weight in x out",
+            ),
+            (
+                True,
+                ["plain"],
+                "fan_in_fan_out=True does not hold for the targeted Linear, which stores its weight out x in",
+            ),
+            (True, ["stored"], None),
+            (False, ["plain"], None),
+            (True, ["plain", "stored"], None),
+            (True, ["table"], None),
+        ],
+    )
+    def test_is_corrected_in_the_completed_config(self, config, says, targets, corrected):
+        model = nn.ModuleDict({"plain": nn.Linear(4, 2), "stored": Stored(), "table": nn.Embedding(4, 2)})
+        given = config(*targets, fan_in_fan_out=says)
+        found = tunerkit.plan(model, given)
+        assert given.fan_in_fan_out is says
+        assert found.config.fan_in_fan_out is (says if corrected is None else not says)
+        assert found.corrections == (() if corrected is None else (corrected,))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = get_peft_model(model, given)
+        assert adapted.peft_config["default"].fan_in_fan_out is found.config.fan_in_fan_out
+        expected = (
+            [] if corrected is None else [(ConfigWarning, f"{corrected}; it was corrected in the completed config.")]
+        )
+        assert [(item.category, str(item.message)) for item in caught] == expected
+
+    def test_the_correction_may_be_an_error_and_then_nothing_is_changed(self):
+        model = nn.Sequential(nn.Linear(4, 2))
+        before = Snapshot.of(model)
+        with pytest.raises(ConfigWarning):
+            get_peft_model(model, lora("0", fan_in_fan_out=True))
+        assert before.differences(model) == []
+
+
 class TestUnsupported:
     def test_children_that_can_be_adapted_are_named(self, model):
         error = refusal(model, lora("layers.0", "head"))
         assert isinstance(error, UnsupportedSiteError)
         assert isinstance(error, TypeError)
         assert str(error) == (
-            "The module 'layers.0' is a Block, and 'lora' adapts linear layers, embeddings and convolutions (1d, 2d, "
-            "3d) only. It contains 'layers.0.q_proj', 'layers.0.v_proj': target those."
+            "The module 'layers.0' is a Block, and 'lora' adapts linear layers, embeddings, attention layers "
+            "and convolutions (1d, 2d, 3d) only. It contains 'layers.0.q_proj', 'layers.0.v_proj': target those."
         )
 
     def test_without_such_children(self, model):
@@ -217,8 +372,9 @@ class TestUnsupported:
         model = nn.ModuleDict({"c_attn": Conv1D(), "head": nn.Linear(4, 2)})
         model.config = {"model_type": "gpt2"}
         assert str(refusal(model, LoraConfig())) == (
-            "The module 'c_attn' is a Conv1D, and 'lora' adapts linear layers, embeddings and convolutions (1d, 2d, "
-            "3d) only. It is one of the default targets of 'lora' for models of this type, which this version cannot "
+            "The module 'c_attn' is a Conv1D, and 'lora' adapts linear layers, embeddings, attention layers "
+            "and convolutions (1d, 2d, 3d) only. It is one of the default targets of 'lora' for models of this type, "
+            "which this version cannot "
             "adapt yet. Set target_modules to other modules, if the model has any that can be adapted."
         )
 
@@ -278,8 +434,8 @@ class TestSettings:
         ("name", "value", "words"),
         [
             ("r", 0, "LoraConfig.r must be above 0; it is 0."),
-            ("use_dora", True, "LoraConfig.use_dora=True is not supported by this version"),
-            ("init_lora_weights", "pissa", "LoraConfig.init_lora_weights='pissa' is not supported by this version"),
+            ("use_qalora", True, "LoraConfig.use_qalora=True is not supported by this version"),
+            ("init_lora_weights", "corda", "LoraConfig.init_lora_weights='corda' is not supported: CorDA"),
         ],
     )
     def test_set_after_the_config_was_made(self, model, name, value, words):

@@ -52,10 +52,6 @@ def refusal(call, *arguments, error=ConfigError, **others):
 class TestKeywordsOfPeft:
     @pytest.mark.parametrize("call", ["forward", "__call__", "generate"])
     def test_are_refused(self, model, call):
-        assert refusal(getattr(model, call), X, adapter_names=["default", "b"]) == (
-            "adapter_names=['default', 'b'] (an adapter for each row) is not supported by this version. For the whole "
-            "call use `with model.use_adapter(name):`."
-        )
         assert refusal(getattr(model, call), X, alora_offsets=[1, 2]) == (
             "alora_offsets=[1, 2] is not supported by this version; leave it out."
         )

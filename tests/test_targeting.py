@@ -14,7 +14,18 @@ from tunerkit import get_peft_model, get_peft_model_state_dict, inject_adapter_i
 from tunerkit.config import PeftConfig
 from tunerkit.errors import NoMatchingPeftModuleError
 from tunerkit.layer import tuner_layers
-from tunerkit.targeting import all_linear, endings, keys_in_state, match_name, match_target, places, wants_all_linear
+from tunerkit.targeting import (
+    LayerChoice,
+    all_linear,
+    endings,
+    keys_in_state,
+    match_name,
+    match_pattern,
+    match_target,
+    pattern_value,
+    places,
+    wants_all_linear,
+)
 from tunerkit_ia3 import IA3Config
 from tunerkit_lora import LoraConfig
 from tunerkit_lora.targets import DEFAULT_TARGETS
@@ -24,6 +35,8 @@ from tunerkit_lora.targets import DEFAULT_TARGETS
 class Config(PeftConfig):
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
 
 
 parts = st.sampled_from(["q", "qq", "q_proj", "lin", "0", "1", "layers", "lora_A", "base_model", ""])
@@ -82,6 +95,92 @@ class TestMatching:
     def test_endings(self):
         assert list(endings("a.b.c")) == ["a.b.c", "b.c", "c"]
         assert list(endings("a")) == ["a"]
+
+
+names = st.sampled_from(["0", "1", "12", "layers", "h", "experts", "q", "x.y", "layers2"])
+layer_paths = st.lists(names, min_size=1, max_size=6).map(".".join)
+numbers = st.none() | st.integers(-1, 2) | st.lists(st.sampled_from([0, 1, 2, 12]), max_size=3)
+layer_patterns = st.none() | st.sampled_from(["", "layers", "h", "lay.*", "(layers|h)", "0"])
+layer_patterns |= st.lists(st.sampled_from(["layers", "h", "x", "experts", r"\w+"]), max_size=3)
+
+
+class TestLayers:
+    @given(st.lists(names | layer_paths, min_size=1, max_size=4), numbers, layer_patterns, layer_paths)
+    def test_is_what_peft_does(self, peft, wanted, numbers, patterns, path):
+        if numbers is None:
+            patterns = None
+        settings = {"target_modules": wanted, "layers_to_transform": numbers, "layers_pattern": patterns}
+        # Without a pattern PEFT passes over the first name of a path, and takes an expert's number for the layer's.
+        theirs = path if patterns or path in wanted else f"model.{path}"
+        matched = bool(peft.tuners.tuners_utils.check_target_module_exists(peft.LoraConfig(**settings), theirs))
+        assert (match_target(Config(**settings), path) is not None) == matched
+
+    @pytest.mark.parametrize(
+        ("path", "number"),
+        [
+            ("layers.1.experts.3.up", 1),
+            ("model.layers.1.experts.3.up", 1),
+            ("h.2.attn.c_attn", 2),
+            ("model.layers.12.self_attn.q", 12),
+            ("layers.3", None),  # the layer itself is not in it
+            ("0.q", None),
+            ("lm_head", None),
+        ],
+    )
+    def test_the_first_number_after_a_name_is_the_layers(self, path, number):
+        assert LayerChoice((), ()).find(path) == (None if number is None else (number, "[^.]*"))
+
+    def test_the_first_pattern_that_fits_decides(self):
+        choice = LayerChoice((3,), ("experts", "layers"))
+        assert choice.find("layers.1.experts.3.up") == (3, "experts")
+        assert choice.find("layers.1.up") == (1, "layers")
+        assert choice.has("layers.1.experts.3.up")
+        assert not choice.has("layers.1.up")
+        assert not choice.has("up")
+
+    def test_a_whole_path_needs_no_number(self):
+        config = Config(target_modules=["layers.1.q", "k"], layers_to_transform=0)
+        assert match_target(config, "layers.1.q") == "layers.1.q"
+        assert match_target(config, "layers.0.k") == "k"
+        assert match_target(config, "layers.1.k") is None
+        assert match_target(config, "a.layers.1.q") is None
+
+    @pytest.mark.parametrize(
+        "off", [{}, {"layers_to_transform": []}, {"layers_to_transform": [], "layers_pattern": "h"}]
+    )
+    def test_all_layers(self, off):
+        assert LayerChoice.of(Config(target_modules=["q"], **off)) is None
+        assert match_target(Config(target_modules=["q"], **off), "layers.1.q") == "q"
+
+    def test_a_default_pattern_means_what_it_says(self):
+        config = Config(layers_to_transform=0)
+        config.target_modules = r".*\.q"  # as a method's defaults may set it
+        assert match_target(config, "layers.1.q") is not None
+
+
+class TestPatterns:
+    @pytest.mark.parametrize(
+        ("pattern", "path", "fits"),
+        [
+            ("q", "layers.0.q", True),
+            ("q", "layers.0.seq", False),
+            ("q", "q", True),
+            ("q", "q.base", False),
+            (r"layers\.\d+", "model.layers.12", True),
+            ("^layers.0", "layers.0", True),
+            ("^layers.0", "model.layers.0", False),
+            ("q|v", "layers.0.v", True),
+            ("0.q", "layers.10.q", False),
+        ],
+    )
+    def test_fit_a_path_or_its_end(self, pattern, path, fits):
+        assert match_pattern(pattern, path) is fits
+        assert pattern_value({pattern: 1}, path, 2) == (1 if fits else 2)
+
+    def test_the_first_that_fits_counts(self):
+        assert pattern_value({"v": 1, ".*": 2, "q": 3}, "layers.q", 4) == 2
+        assert pattern_value({}, "q", 4) == 4
+        assert pattern_value(None, "q", 4) == 4
 
 
 class Head(nn.Module):

@@ -21,6 +21,8 @@ BY_HAND = {
     "test_use_adapter": NOT_ROUTED,
     "test_use_adapter_is_of_this_thread": NOT_ROUTED,
     "test_use_adapter_holds_in_the_backward": NOT_ROUTED,
+    "test_rows": NOT_ROUTED,
+    "test_gradients_of_rows": NOT_ROUTED,
 }
 
 

@@ -5,25 +5,33 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from tunerkit.base_state import get_base_model_state_dict, set_base_model_state_dict
 from tunerkit.checkpoint.report import LoadReport
-from tunerkit.config import PeftConfig, PeftType, TaskType, get_peft_config
+from tunerkit.config import PeftConfig, PeftType, TaskType, check_if_peft_model, get_peft_config
 from tunerkit.copied_module import ModulesToSaveWrapper
-from tunerkit.errors import NoMatchingPeftModuleError, TunerkitError, TunerkitWarning
+from tunerkit.errors import NoMatchingPeftModuleError, PeftError, PeftWarning, TunerkitError, TunerkitWarning
 from tunerkit.functional import (
     cast_adapter_dtype,
+    delete_adapter,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     load_peft_weights,
+    set_adapter,
     set_peft_model_state_dict,
+    set_requires_grad,
     use_adapter,
+    use_rows,
 )
 from tunerkit.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from tunerkit.layer import BaseTunerLayer
-from tunerkit.model import PeftModel, get_peft_model
+from tunerkit.mappings import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from tunerkit.model import PeftMixedModel, PeftModel, get_peft_model
 from tunerkit.plan import Plan
 from tunerkit.plugins import register
 from tunerkit.plugins.hooks import hookimpl
 from tunerkit.plugins.method import Method
+from tunerkit.preparation import cast_mixed_precision_params, prepare_model_for_kbit_training
+from tunerkit.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from tunerkit.task_models import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModelForCausalLM,
@@ -37,6 +45,8 @@ from tunerkit.tuner import BaseTuner, plan
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "BaseTuner",
     "BaseTunerLayer",
     "LoadReport",
@@ -44,6 +54,8 @@ __all__ = [
     "ModulesToSaveWrapper",
     "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftError",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -52,11 +64,20 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "Plan",
     "TaskType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
     "TunerkitError",
     "TunerkitWarning",
     "cast_adapter_dtype",
+    "cast_mixed_precision_params",
+    "check_if_peft_model",
+    "delete_adapter",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
@@ -67,9 +88,14 @@ __all__ = [
     "load_peft_weights",
     "plan",
     "prepare_model_for_compiled_hotswap",
+    "prepare_model_for_kbit_training",
     "register",
+    "set_adapter",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "set_requires_grad",
     "use_adapter",
+    "use_rows",
 ]
 
 if TYPE_CHECKING:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from tunerkit.adapter import AdditiveAdapter
-from tunerkit.errors import AdapterStateError, MergeError, RouteError, UnknownAdapterError
-from tunerkit.folding import Merged, fold, merge_order, stacked
-from tunerkit.layer import BaseTunerLayer
+from tunerkit.errors import AdapterStateError, MergeError, RouteError
+from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
+from tunerkit.layer import BaseTunerLayer, split_input
 from tunerkit.names import PerAdapter, expose, withdraw
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
+from tunerkit.row_groups import run_layer
+from tunerkit.rows import Rows
 from tunerkit.sites import SHOWN, Bound, ParameterSite, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from tunerkit.adapter import Adapter
+    from tunerkit.route import Names
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -71,28 +73,39 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return adapter.forward(args[0], site if site.module is base else site.at(base))  # type: ignore[arg-type]
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        stack = self._standing()
+        names = self._names()
+        if isinstance(names, Rows):
+            self._refuse_merged(names.names)
+            return run_layer(self.site, self._adapters, names, self._owner, args, kwargs)  # type: ignore[no-any-return]
+        stack = self._standing(names)
         site = self.site
         if not stack or not (args or kwargs):
             return site.module(*args, **kwargs)  # type: ignore[no-any-return]
-        x, args, kwargs = _split_input(site.owner, args, kwargs)
+        x, args, kwargs = split_input(site.owner, args, kwargs)
         return stacked(stack, Bound(site, self.bare_site, args, kwargs))(x)
 
-    def _standing(self) -> tuple[Adapter, ...]:
-        """Return the adapters that take part in what this thread does now, from the lowest up."""
+    def _names(self) -> Names | None:
+        """Return the adapters that this thread is routed to now, or None."""
         names = current(self._owner)
         if CALL.route is not None:
             check_held(self._owner)
+        return names
+
+    def _standing(self, names: tuple[str, ...] | None) -> tuple[Adapter, ...]:
+        """Return the adapters that take part in what this thread does now, from the lowest up."""
         return self._stack if names is None else self._routed(names)
 
     def _routed(self, names: tuple[str, ...]) -> tuple[Adapter, ...]:
+        self._refuse_merged(names)
+        return tuple(self._adapters[name] for name in names if name in self._adapters)
+
+    def _refuse_merged(self, names: tuple[str, ...]) -> None:
         if self._merged is not None:
             msg = (
                 f"The layer {self._site.name!r} has {listing(self.merged_adapters)} merged into its weight, so a call "
                 f"cannot be routed to {listing(names)}. Call unmerge_adapter() first."
             )
             raise RouteError(msg)
-        return tuple(self._adapters[name] for name in names if name in self._adapters)
 
     @property
     def site(self) -> Site:
@@ -107,7 +120,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _read(self, name: str) -> Tensor | None:
         """Return the weight or bias of a site whose parameters are read, as a call made here and now would have it."""
-        site, stack = self.site, self._standing()
+        names = self._names()
+        if isinstance(names, Rows):
+            names = names.none_of(self._adapters, self._site.name)
+        site, stack = self.site, self._standing(names)
         if not stack:
             return site.owner._parameters.get(name)
         below = stacked(stack, Bound(site, self.bare_site, (), {}))
@@ -244,6 +260,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     # Merging
 
     @property
+    def originals(self) -> dict[str, nn.Parameter | None]:
+        """The base layer's own parameters in whose place there are merged ones, by name."""
+        return {} if self._merged is None else dict(self._merged.originals)
+
+    @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
         """The names of the adapters that are merged, in order."""
         return [] if self._merged is None else list(self._merged.names)
@@ -286,29 +307,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             )
             raise AdapterStateError(msg)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return what an adapter adds to the weight, in the shape in which the layer stores that.
-
-        Args:
-            adapter: The adapter's name.
-
-        Raises:
-            UnknownAdapterError: The layer has no such adapter.
-            AdapterStateError: The adapter does not add something to the weight.
-            MergeError: What this one adds has no such form.
-        """
-        found = self._adapters.get(adapter)
-        if found is None:
-            msg = f"The layer {self._site.name!r} has no adapter {adapter!r}; it has {listing(self._adapters)}."
-            raise UnknownAdapterError(msg)
-        if not isinstance(found, AdditiveAdapter):
-            msg = (
-                f"The adapter {adapter!r} on {self._site.name!r} ({type(found).__name__}) does not add anything to the "
-                "weight, so there is no such thing to return."
-            )
-            raise AdapterStateError(msg)
-        bare = self.bare_site
-        return bare.as_stored(found.delta(bare).reshape(bare.weight.shape))
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return by how much an adapter alone changes the base layer's weight; see `tunerkit.folding.delta_weight`."""
+        return delta_weight(self.bare_site, self._adapters, adapter_name)
 
     def check_merge(self, names: Sequence[str]) -> None:
         """Raise `MergeError` if an adapter has no merged form, or would be merged past one it does not commute with."""
@@ -338,6 +339,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return isinstance(self._adapters.get(adapter_name), AdditiveAdapter)
 
     # nn.Module
+
+    def _get_name(self) -> str:
+        """Return what a printed model calls the layer: its methods and the class of its base, `lora.Linear`."""
+        return f"{'+'.join(sorted(self.methods))}.{type(self.get_base_layer()).__name__}"
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set training mode, for the adapters too, which stand outside the module tree."""
@@ -382,14 +387,3 @@ def _own(kind: type[BaseTunerLayer], name: str) -> Any:
     """Return what a method's layer class defines beyond `BaseTunerLayer` under a name, or None."""
     own = itertools.takewhile(lambda base: base is not BaseTunerLayer, kind.__mro__)
     return next((vars(base)[name] for base in own if name in vars(base)), None)
-
-
-def _split_input(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Separate a layer's input from its other arguments; if all are given by name, it is the layer's first."""
-    if args:
-        return args[0], args[1:], kwargs
-    given = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
-    first = next(iter(given or kwargs))
-    return kwargs[first], (), {name: value for name, value in kwargs.items() if name != first}

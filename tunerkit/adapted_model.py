@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,12 +9,15 @@ from torch import nn
 
 from tunerkit import merge
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.errors import AdapterNameError, MergeWarning, RouteError, UnknownAdapterError
+from tunerkit.biases import Biases
+from tunerkit.errors import AdapterNameError, MergeWarning, UnknownAdapterError
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, MethodMeta, tuner_layers
+from tunerkit.model_config import config_dict, config_of
 from tunerkit.names import withdraw
-from tunerkit.naming import closest, listing
-from tunerkit.route import Owner, current, hold_in_backward, hold_routes, routed
+from tunerkit.naming import closest, given_names, listing
+from tunerkit.replication import Replication
+from tunerkit.route import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from tunerkit.config import PeftConfig
 
 Model = TypeVar("Model", bound="AdaptedModel")
-
-CUSTOM = {"model_type": "custom"}
-"""The config of a model that has none."""
 
 
 class AdaptedModel(nn.Module, metaclass=MethodMeta):
@@ -43,6 +40,8 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         active_adapter: The active adapter, or several in the order in which they stand on one another.
         disabled: Whether all adapters are switched off.
         parts: What adapters have once per model, by adapter name.
+        biases: The base model's biases that an adapter trains, if one does.
+        replication: The base model's layers that are repeated, if any are.
         owner: Stands for this model in its layers and in routes.
     """
 
@@ -51,6 +50,8 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     active_adapter: str | list[str]
     disabled: bool
     parts: dict[str, Part]
+    biases: Biases
+    replication: Replication
     owner: Owner
     _were_trainable: list[nn.Parameter]
     _trained_parts: list[nn.Parameter]
@@ -66,6 +67,8 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         tuner.__dict__.update(
             training=model.training,
             parts={},
+            biases=Biases(),
+            replication=Replication(),
             owner=owners[0] if owners else Owner(),
             peft_config=model.__dict__.get("peft_config", {}),
             active_adapter=layers[0].active_adapters if layers else [],
@@ -80,8 +83,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     @property
     def config(self) -> Any:
         """The base model's own config as it is there, or a dict that says it has none."""
-        config = getattr(self.model, "config", None)
-        return dict(CUSTOM) if config is None else config
+        return config_of(self.model)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -111,20 +113,8 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
 
     @staticmethod
     def get_model_config(model: nn.Module, default: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return a model's own config as a dict.
-
-        Args:
-            model: The model.
-            default: What a model without a config has; `{"model_type": "custom"}` if not given.
-        """
-        config = getattr(model, "config", None)
-        if config is not None and hasattr(config, "to_dict"):
-            return dict(CUSTOM, **config.to_dict())
-        if dataclasses.is_dataclass(config) and not isinstance(config, type):
-            return dict(CUSTOM, **dataclasses.asdict(config))
-        if isinstance(config, dict):
-            return dict(CUSTOM, **config)
-        return dict(CUSTOM if default is None else default)
+        """Return a model's own config as a dict, `default` or one that says it is custom if the model has none."""
+        return config_dict(model, default)
 
     def check_known(self, names: Sequence[str]) -> None:
         """Raise `UnknownAdapterError` if the model lacks one of the adapters."""
@@ -137,13 +127,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
 
     def _names(self, given: object) -> list[str]:
         """Return what a caller passed as one name or several, each once and known."""
-        if not isinstance(given, (str, list, tuple, set, dict)):
-            msg = (
-                f"The adapter is given by its name, or by a list of names; it is {given!r} of type "
-                f"{type(given).__name__}. The model has {listing(self.peft_config)}."
-            )
-            raise AdapterNameError(msg)
-        names = [given] if isinstance(given, str) else list(dict.fromkeys(given))
+        names = given_names(given, self.peft_config)
         self.check_known(names)
         return names
 
@@ -179,9 +163,10 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             self.unmerge_adapter()
             for layer in layers:
                 layer.set_adapter(names, inference_mode=inference_mode)
-            for name, part in self.parts.items():
-                self._set_part(part, trains=name in names and not inference_mode)
-            self.active_adapter = names
+            self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
+            for name in self._beside():
+                self._set_beside(name, trains=name in names and not inference_mode)
+            self.biases.show(trained=self.biases.name in names and not self.disabled)
 
     def _note(self, journal: Journal, layers: Sequence[BaseTunerLayer]) -> None:
         """Note which adapters are active and which of their tensors train, before either changes."""
@@ -190,15 +175,26 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         for part in self.parts.values():
             journal.note_module(part)
             journal.note_flags(part.parameters())
+        self.biases.note(journal)
+
+    def _beside(self) -> set[str]:
+        """Return the names of the adapters that train something beside what their layers hold."""
+        return {*self.parts, self.biases.name} - {""}
 
     @staticmethod
     def _check_together(layers: list[BaseTunerLayer], names: Sequence[str]) -> None:
         for layer in layers if len(names) > 1 else ():
             layer.check_together(names)
 
-    def _set_part(self, part: Part, *, trains: bool) -> None:
-        """Say whether a part trains; while the adapters are switched off, it will when they are on again."""
-        tensors = [parameter for key, parameter in part.named_parameters() if key not in part.__dict__["_frozen"]]
+    def _set_beside(self, name: str, *, trains: bool) -> None:
+        """Say whether an adapter's part and biases train; while it is switched off, they will when it is on again."""
+        tensors: list[nn.Parameter] = []
+        if name in self.parts:
+            part = self.parts[name]
+            tensors += [parameter for key, parameter in part.named_parameters() if key not in part.__dict__["_frozen"]]
+        # Where the biases' trained values are not in place, the base model's own would be trained.
+        if self.biases.name == name and (not trains or name in self.active_adapters):
+            tensors += self.biases.parameters()
         if self.disabled:
             others = [known for known in self._trained_parts if not any(known is tensor for tensor in tensors)]
             self._trained_parts = [*others, *(tensors if trains else [])]
@@ -213,9 +209,9 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             self._note(journal, layers)
             for layer in layers:
                 layer.set_requires_grad(names, requires_grad)
-            for name in names:
-                if name in self.parts:
-                    self._set_part(self.parts[name], trains=requires_grad)
+            for name in self._beside():
+                if name in names:
+                    self._set_beside(name, trains=requires_grad)
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off: the model is the base model, bit for bit."""
@@ -229,58 +225,21 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         with Journal() as journal:
             layers = list(self.layers())
             self._note(journal, layers)
+            if enabled:  # before what was merged is merged again
+                self.biases.show(trained=self.biases.name in self.active_adapters)
             # Where one layer's base holds another's, what was merged last is taken out first.
             for layer in layers if enabled else reversed(layers):
                 merge.note_parameters(journal, layer)
                 layer.enable_adapters(enabled)
             if not enabled and not self.disabled:
-                self._trained_parts = [p for part in self.parts.values() for p in part.parameters() if p.requires_grad]
+                beside = [p for part in self.parts.values() for p in part.parameters()] + self.biases.parameters()
+                self._trained_parts = [p for p in beside if p.requires_grad]
+                self.biases.show(trained=False)
             self.disabled = not enabled
             for parameter in self._trained_parts:
                 parameter.requires_grad_(enabled)
             if enabled:
                 self._trained_parts = []
-
-    @contextlib.contextmanager
-    def use_adapter(self, adapter_name: str | Sequence[str]) -> Iterator[None]:
-        """Within the block, calls of the model in this thread use these adapters; what is active does not change.
-
-        It holds in the backward of those calls too, also when that runs after the block; for that, the base model has a
-        forward hook while the block lasts. No names: the base model.
-
-        Raises:
-            UnknownAdapterError: There is no such adapter.
-            RouteError: Adapters are merged, or a layer written by hand would use others.
-            AdapterStateError: They cannot be active together.
-        """
-        names = tuple(self._names(adapter_name))
-        layers = list(self.layers())
-        self._check_together(layers, names)
-        merged = next((layer.merged_adapters for layer in layers if layer.merged), None)
-        if merged:
-            msg = (
-                f"{listing(merged)} is merged into the model, so calls cannot be routed. Call unmerge_adapter() first."
-            )
-            raise RouteError(msg)
-        for layer in layers:
-            self._make_routable(layer, names)
-        # A script may call the base model, which then runs without the tuner around it.
-        with hold_routes(self.model, self.owner, lambda: tuple(self.active_adapters)), routed(self.owner, names):
-            yield
-
-    def _make_routable(self, layer: BaseTunerLayer, names: Sequence[str]) -> None:
-        """See to it that a layer follows the model's routes; one written by hand cannot and raises `RouteError`."""
-        if layer.follows_routes:
-            layer.__dict__["_owner"] = self.owner  # a layer that was copied by itself brought an owner of its own
-            return
-        here = layer.available_adapters
-        runs = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in here]
-        if runs != [name for name in names if name in here]:
-            msg = (
-                f"Calls cannot be routed to {listing(names)}: a {type(layer).__name__} was put in by its method's own "
-                f"code, which does not know of routes and runs {listing(runs)}. Call set_adapter() instead."
-            )
-            raise RouteError(msg)
 
     # Merging
 
@@ -295,7 +254,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             UnknownAdapterError: There is no such adapter.
             MergeError: An adapter cannot be merged; nothing was changed.
         """
-        merge.merge_layers(self.model, self._to_merge(adapter_names), safe=safe_merge)
+        merge.merge_layers(self.model, self._to_merge(adapter_names, for_good=False), safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put the base model's original parameters back, the same objects."""
@@ -305,7 +264,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         """Take all adapters out and return the base model as it was, also in what trains."""
         with Journal():  # the two calls write their notes into this one, so that both are undone
             self.unmerge_adapter()
-            return self._take_apart()
+            return self._take_apart(keep=False)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -323,30 +282,44 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             UnknownAdapterError: There is no such adapter.
             MergeError: An adapter cannot be merged; nothing was changed.
         """
-        names = self._to_merge(adapter_names)
+        names = self._to_merge(adapter_names, for_good=True)
         merge.merge_for_good(self.model, names, self._were_trainable, safe=safe_merge, progressbar=progressbar)
-        return self._take_apart()
+        return self._take_apart(keep=True)
 
-    def _to_merge(self, adapter_names: object) -> list[str]:
+    def _to_merge(self, adapter_names: object, *, for_good: bool) -> list[str]:
         names: object = self.active_adapters if adapter_names is None else adapter_names
         if isinstance(names, str):
             msg = f"adapter_names is a list of names; it is the text {names!r}. Pass [{names!r}]."
             raise TypeError(msg)
         wanted: list[str] = list(names)  # type: ignore[call-overload]
         self.check_known(wanted)
+        self.biases.check_merge(wanted, for_good=for_good)
         if not wanted:
             warnings.warn(MergeWarning("No adapter is active, so nothing is merged."), stacklevel=3)
         return wanted
 
-    def _take_apart(self) -> nn.Module:
+    def _give_up_biases(self, journal: Journal, *, keep: bool) -> None:
+        """Train no biases any more; nothing may be merged, unless the trained values are to stay in place."""
+        self.biases.note(journal)
+        if not keep:
+            self.biases.show(trained=False)
+        self._set_beside(self.biases.name, trains=False)
+        self.biases = Biases()
+
+    def _take_apart(self, *, keep: bool) -> nn.Module:
+        """Take all adapters out; keep trained biases and repeated layers, or put back what the base model had."""
         with Journal() as journal:
             journal.note_module(self.model)
+            journal.note_module(self)
+            self._give_up_biases(journal, keep=keep)
             journal.note_flags(self._were_trainable)
             merge.unwrap(self.model, journal)
+            if not keep:
+                self.replication.undo(journal)
+            self.replication = Replication()
             for parameter in self._were_trainable:
                 parameter.requires_grad_()
             self.model.__dict__.pop("peft_config", None)
-            journal.note_module(self)
             self.peft_config, self.active_adapter = {}, []
             self.parts.clear()
             withdraw(self, {})
@@ -358,23 +331,6 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     # nn.Module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with the adapters that are active, or that this call is routed to."""
-        route = self._route()
-        names = tuple(self.active_adapters) if route is None else route
-        call: Any = self.model
-        for name in names if self.parts else ():
-            if name in self.parts:
-                call = functools.partial(self.parts[name].around, call)
-        outputs = call(*args, **kwargs)
-        hold_in_backward(outputs, self.owner, route, names)
-        return outputs
-
-    def _route(self) -> tuple[str, ...] | None:
-        """Return the adapters that a call is routed to now; switched off is a route to none."""
-        names = current(self.owner)
-        return () if names is None and self.disabled else names
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, for the model-wide parts too, which stand outside the module tree."""

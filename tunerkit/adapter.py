@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunerkit.alike import run_alike
 from tunerkit.errors import AdapterStateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from typing_extensions import Self
+
     from tunerkit.config import PeftConfig
+    from tunerkit.rows import Groups
     from tunerkit.sites import Below, Site
 
 
@@ -32,6 +36,8 @@ class Adapter(nn.Module):
         kinds: The kinds of sites it adapts (`Site.kind`).
         unfoldable: Why this adapter has no merged form, so that only its own `forward` is run; None if it has one.
         commutes: Whether it adds something that depends on neither the adapters below it nor their order.
+        crosses_rows: Why what it does with a row of a batch depends on the other rows, so that rows of one batch cannot
+            have adapters of their own; None if it does not.
         settings: The names of the plain numbers that `forward` reads and that the config decides, such as a scaling.
         part: What this adapter shares with those of the same name at other sites, if the method has a `Part`.
     """
@@ -40,6 +46,7 @@ class Adapter(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     unfoldable: str | None = None
     commutes: bool = False
+    crosses_rows: str | None = None
     settings: ClassVar[tuple[str, ...]] = ()
     part: Part | None = None
 
@@ -62,6 +69,21 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, below: Below) -> Tensor:
         """Return the layer's output with this adapter; a subclass may have a cheaper way to the same result."""
         return below.run(x, *self.merged(below))
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Self], x: Tensor, below: Below, groups: Groups) -> Tensor:
+        """Return the layer's output for a batch in which each row has one of several adapters.
+
+        This calls the `forward` of each on its rows, of adapters that are alike at once. A subclass may have a cheaper
+        way to the same result; it is taken for subclasses of that which do not change `forward`.
+
+        Args:
+            adapters: One for each group of rows, at least two.
+            x: The layer's input, rows x ...
+            below: The layer. What it is asked for with `x` itself is computed once.
+            groups: The rows by adapter.
+        """
+        return run_alike(adapters, x, below, groups)  # type: ignore[no-any-return]
 
     def together(self, others: Sequence[Adapter]) -> str | None:
         """Return why this adapter cannot be active on a layer together with these others, or None if it can."""
@@ -116,7 +138,10 @@ class Adapter(nn.Module):
             setattr(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float32, device=device))
 
     def to_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return this adapter's tensors in the form in which a checkpoint holds them, by their keys below the layer."""
+        """Return this adapter's tensors in the form in which a checkpoint holds them, by their keys below the layer.
+
+        Where that is the form in which it holds them itself, the very dict is returned.
+        """
         return tensors
 
     def from_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -238,6 +263,54 @@ def add_low_rank(y: Tensor, x: Tensor, down: nn.Module, up: nn.Module, scaling: 
         hidden, scaling = hidden * scaling.to(hidden.dtype), 1.0
     rows = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b.t(), alpha=scaling)
     return rows.view(y.shape)
+
+
+def add_low_rank_rows(
+    y: Tensor,
+    x: Tensor,
+    downs: Sequence[nn.Module],
+    ups: Sequence[nn.Module],
+    scalings: Sequence[float | Tensor],
+    which: Tensor,
+) -> Tensor:
+    """Return `add_low_rank` of each row with factors of its own, all rows at once.
+
+    The factors are filled up with zeros to the largest rank. `have_plain_weights` says whether they can be read.
+
+    Args:
+        y: The layer's output, rows x ... x out.
+        x: The layer's input, rows x ... x in.
+        downs: Factors with weights rank x in.
+        ups: Factors with weights out x rank.
+        scalings: The factors before the products.
+        which: For each row the position of its factors.
+    """
+    bank_a = _bank(downs, dim=0).to(x.dtype).index_select(0, which)
+    bank_b = _bank(ups, dim=1).to(y.dtype).index_select(0, which)
+    hidden = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), bank_a.mT).to(y.dtype)
+    alpha = scalings[0]
+    if isinstance(alpha, Tensor) or any(isinstance(scaling, Tensor) or scaling != alpha for scaling in scalings):
+        scales = torch.stack([torch.as_tensor(scaling).to(hidden) for scaling in scalings])
+        hidden, alpha = hidden * scales.index_select(0, which)[:, None, None], 1.0
+    rows = y.reshape(y.shape[0], -1, y.shape[-1])
+    return torch.baddbmm(rows, hidden, bank_b.mT, alpha=alpha).view(y.shape)
+
+
+def have_plain_weights(*factors: nn.Module) -> bool:
+    """Return whether reading the weights of factors is the same as calling them."""
+    weights = ((factor, factor._parameters.get("weight")) for factor in factors)
+    return all(weight is not None and _is_plain(factor, weight) for factor, weight in weights)
+
+
+def _bank(factors: Sequence[nn.Module], dim: int) -> Tensor:
+    """Stack the weights of factors, filled up with zeros to the largest rank, which is their size in a dimension."""
+    weights: list[Any] = [factor._parameters["weight"] for factor in factors]
+    ranks = {weight.shape[dim] for weight in weights}
+    if len(ranks) > 1:
+        missing = [max(ranks) - weight.shape[dim] for weight in weights]
+        pads = [(0, 0, 0, more) if dim == 0 else (0, more) for more in missing]
+        weights = [F.pad(weight, pad) for weight, pad in zip(weights, pads, strict=True)]
+    return torch.stack(weights)
 
 
 def _call(factor: nn.Module, x: Tensor) -> Tensor:

@@ -35,6 +35,14 @@ def nothing_matched(model: nn.Module, plan: Plan, from_state: bool) -> str:
         return f"The config targets nothing: set target_modules to names of modules, a pattern, or {ALL_LINEAR!r}."
     where = "target_modules" if getattr(plan.config, "target_modules", None) else "target_parameters"
     target = f"{where}={_shown(getattr(plan.config, where))}"
+    if any(plan.entries.values()) and any(item.reason == "layers_to_transform" for item in plan.decisions):
+        settings = {name: getattr(plan.config, name, None) for name in ("layers_to_transform", "layers_pattern")}
+        chosen = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
+        first = next(item.name for item in plan.decisions if item.reason == "layers_to_transform")
+        return (
+            f"{target} matches modules such as {first!r}, and none that is in a layer which {chosen} means. A layer's "
+            "number stands in the path after a name, which layers_pattern can give."
+        )
     if any(plan.entries.values()):
         without = [
             f"{name}={_shown(left)}"

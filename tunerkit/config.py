@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import enum
 import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from tunerkit._typecheck import describe, fits
-from tunerkit.errors import ConfigError
+from tunerkit.errors import ConfigError, TunerkitError
+from tunerkit.keywords import HUB_KEYWORDS
 from tunerkit.naming import closest, listing, method_id, peft_type_name
+from tunerkit.peft_types import PeftType, TaskType
 from tunerkit.settings import default_of, is_empty, is_unbuilt, rule_of, setting, unbuilt
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
 
     from typing_extensions import Self
 
@@ -29,6 +29,7 @@ __all__ = [
     "TaskType",
     "built_settings",
     "check_config",
+    "check_if_peft_model",
     "config_class",
     "get_peft_config",
     "setting",
@@ -39,60 +40,6 @@ PEFT_FORMAT_VERSION = "0.21.2"
 """The version of PEFT whose checkpoint format is written."""
 
 Config = TypeVar("Config", bound="PeftConfig")
-
-
-class TaskType(str, enum.Enum):
-    """What a model is used for, with PEFT's names."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"  # noqa: S105 - a task, no password
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class _InstalledTypes(type):
-    """Finds `PeftType.X` among the methods that are installed, because there is no closed list of them."""
-
-    def __getattr__(cls, name: str) -> PeftType:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        known = {kind.value: kind for kind in cls}
-        if name not in known:
-            msg = f"No installed package offers a method of the type {name!r}; installed are {listing(known)}."
-            raise AttributeError(msg)
-        return known[name]
-
-    def __iter__(cls) -> Iterator[PeftType]:
-        from tunerkit.plugins import method_ids  # noqa: PLC0415 - the plugins' room is above this one
-
-        return iter([PeftType(peft_type_name(method)) for method in method_ids()])
-
-    def __dir__(cls) -> list[str]:
-        return [*super().__dir__(), *(kind.value for kind in cls)]
-
-
-class PeftType(str, metaclass=_InstalledTypes):
-    """The type of a method as it stands in a checkpoint, such as `PeftType.LORA`; equal to its text."""
-
-    __slots__ = ()
-
-    @property
-    def value(self) -> str:
-        """The type as text."""
-        return str(self)
-
-    @property
-    def name(self) -> str:
-        """The type as text, as an enum's member has it."""
-        return str(self)
-
-    def __repr__(self) -> str:
-        return f"<PeftType.{self}>"
 
 
 @dataclass
@@ -158,6 +105,25 @@ class PeftConfig:
         for name in self._sets:
             if isinstance(getattr(self, name, None), (list, tuple, frozenset)):
                 setattr(self, name, set(getattr(self, name)))
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Check the choice of layers of the methods that have one: it narrows a list of targets."""
+        numbers, patterns = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
+        targets = getattr(self, "target_modules", None)
+        for name, value in (("layers_to_transform", numbers), ("layers_pattern", patterns)):
+            if isinstance(targets, str) and value is not None:
+                msg = (
+                    f"{type(self).__name__}.{name}={value!r} narrows a list of names in target_modules, which is the "
+                    f"text {targets!r}. Pass a list, or say in the pattern which layers are meant."
+                )
+                raise ConfigError(msg)
+        if patterns and numbers is None:
+            msg = (
+                f"{type(self).__name__}.layers_pattern={patterns!r} is the name before a layer's number and does "
+                "nothing without layers_to_transform. Set that too, or leave both out."
+            )
+            raise ConfigError(msg)
 
     def _settle_types(self) -> None:
         own = next((item.default for item in dataclasses.fields(self) if item.name == "peft_type"), None)
@@ -231,7 +197,8 @@ class PeftConfig:
         Args:
             pretrained_model_name_or_path: The checkpoint's folder.
             subfolder: A folder below it, for adapters that were saved beside others.
-            overrides: Values for settings that the file does not hold; the file's values win, as in PEFT.
+            overrides: Values for settings that the file does not hold; the file's values win, as in PEFT. What a
+                download would take (`revision`, `token`) says nothing of a folder.
 
         Returns:
             A config of the class of the checkpoint's method.
@@ -245,7 +212,19 @@ class PeftConfig:
 
         folder = pretrained_model_name_or_path
         values = read_config(Path(folder, subfolder) if subfolder else folder)
-        return cls.from_peft_type(**{**overrides, **values})
+        given = {name: value for name, value in overrides.items() if name not in HUB_KEYWORDS}
+        return cls.from_peft_type(**{**given, **values})
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """Return the settings that a config's file holds, unchecked.
+
+        Raises:
+            CheckpointError: The file is not there or cannot be read.
+        """
+        from tunerkit.checkpoint.files import read_json  # noqa: PLC0415 - above this room, and only needed here
+
+        return read_json(Path(path_json_file))
 
     @classmethod
     def from_peft_type(cls, /, **values: Any) -> PeftConfig:
@@ -343,6 +322,15 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
         ConfigError: `peft_type` is missing, or a setting is wrong, or is unknown and matters.
     """
     return PeftConfig.from_peft_type(**config_dict)
+
+
+def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
+    """Return whether a folder holds the config of an adapter whose method is installed and can be used."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except TunerkitError:
+        return False
+    return True
 
 
 def _provider(cls: type[PeftConfig]) -> str:

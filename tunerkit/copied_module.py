@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from tunerkit.errors import AdapterStateError, MergeError
-from tunerkit.layer import BaseTunerLayer
+from tunerkit.layer import BaseTunerLayer, split_input
 from tunerkit.naming import listing
-from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
+from tunerkit.route import BACKWARD, CALL, Owner, check_held, current, narrowed
+from tunerkit.rows import Rows, only_input, split_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,13 +58,31 @@ class CopiedModule(nn.Module, BaseTunerLayer):
         """Run the copy of the adapter that is active, or that this call is routed to; the original if there is none."""
         if CALL.route is not None:
             check_held(self._owner)
+            rows = current(self._owner)
+            if isinstance(rows, Rows) and self._chosen(rows.names) is not None:
+                return self._forward_rows(rows, args, kwargs)
         return self._current()(*args, **kwargs)
+
+    def _forward_rows(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the copy of each row's adapter on its rows, or the original."""
+        x, args, kwargs = split_input(self.get_base_layer(), args, kwargs)
+        only_input(self._name, args, kwargs)
+
+        def run(name: str, part: Tensor) -> Any:
+            module = self._copies.get(name, self._modules[self.base_name])
+            # What is adapted below this module is to take the rows of one adapter for the whole batch.
+            with narrowed(self._owner, (name,)):
+                return module(part, *args, **kwargs)  # type: ignore[misc]
+
+        return split_rows(x, rows.groups(x, self._name), run)
 
     def _current(self) -> nn.Module:
         """Return the module that a call runs here and now."""
         name = self._running
         if BACKWARD or CALL.route is not None:
             names = current(self._owner)
+            if isinstance(names, Rows):
+                names = names.none_of(self._copies, self._name)
             name = name if names is None else self._chosen(names)
         return self._modules[self.base_name] if name is None else self._copies[name]  # type: ignore[return-value]
 
@@ -90,9 +109,14 @@ class CopiedModule(nn.Module, BaseTunerLayer):
 
     # Adapters
 
-    def add_copy(self, name: str) -> None:
-        """Give an adapter a copy of the original; it is not active yet."""
-        self._container[name] = copy.deepcopy(self.get_base_layer())
+    def add_copy(self, name: str, memo: dict[int, Any]) -> None:
+        """Give an adapter a copy of the original; it is not active yet.
+
+        Args:
+            name: The adapter's name.
+            memo: What was copied before, by the id of the original, and is to be shared (see `copy.deepcopy`).
+        """
+        self._container[name] = copy.deepcopy(self.get_base_layer(), memo)
 
     def trainable_tensors(self, name: str) -> Iterator[Tensor]:
         """Go through the parameters of a copy, all of which train when its adapter does."""

@@ -159,5 +159,6 @@ def site_of(
             f"It is one of the default targets of {method_id!r} for models of this type, which this version cannot "
             "adapt yet. Set target_modules to other modules, if the model has any that can be adapted."
         )
-    msg = f"The module {key!r} is a {type(base).__name__}, and {method_id!r} adapts {in_words(kinds)} only. {hint}"
+    modules = in_words(kinds - {"parameter"} or kinds) if parameter_name is None else in_words(kinds)
+    msg = f"The module {key!r} is a {type(base).__name__}, and {method_id!r} adapts {modules} only. {hint}"
     raise UnsupportedSiteError(msg)

@@ -19,6 +19,10 @@ class ConfigError(TunerkitError, ValueError):
     """A setting has the wrong type or value, is unknown, or asks for something that is not built."""
 
 
+class KeywordError(ConfigError, TypeError):
+    """A call has no such keyword argument, or does not do here what it asks for."""
+
+
 class ArgumentError(TunerkitError, TypeError, ValueError):
     """An argument of a call has the wrong type or value."""
 
@@ -55,6 +59,10 @@ class AdapterStateError(TunerkitError, RuntimeError, ValueError):
     """An adapter is in a state (merged, active, frozen) in which the call cannot be carried out."""
 
 
+class StatusError(TunerkitError, TypeError, ValueError):
+    """The status of something that is no model is asked for."""
+
+
 class MergeError(AdapterStateError):
     """Adapters cannot be merged as asked."""
 
@@ -79,6 +87,14 @@ class TunerkitWarning(UserWarning):
     """Base of all warnings issued by tunerkit."""
 
 
+class KeywordWarning(TunerkitWarning):
+    """A keyword argument has no effect; what it asks for is asked elsewhere."""
+
+
+class CardWarning(TunerkitWarning):
+    """A checkpoint was saved and its model card was not."""
+
+
 class TargetWarning(TunerkitWarning):
     """An entry of the config (a target, an exclusion) matched nothing while others did."""
 
@@ -91,6 +107,10 @@ class LoadWarning(TunerkitWarning):
     """A checkpoint was loaded although tensors were missing or left over (`strict=False`)."""
 
 
+class SaveWarning(TunerkitWarning):
+    """A checkpoint holds more or less than the adapter: the base model's embeddings."""
+
+
 class PluginWarning(TunerkitWarning):
     """Something about the installed plugins deserves a look (`tunerkit plugins` lists them)."""
 
@@ -101,3 +121,10 @@ class MergeWarning(TunerkitWarning):
 
 class AdapterWarning(TunerkitWarning):
     """Adding, deleting or switching adapters did something beyond what was literally asked."""
+
+
+PeftError = TunerkitError
+"""PEFT's name for it."""
+
+PeftWarning = TunerkitWarning
+"""PEFT's name for it."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from tunerkit.errors import MergeError
+from tunerkit.adapter import AdditiveAdapter
+from tunerkit.errors import MergeError, UnknownAdapterError
 from tunerkit.naming import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tunerkit.adapted_layer import AdaptedLayer
     from tunerkit.adapter import Adapter
@@ -189,6 +190,30 @@ def fold(site: Site, bare: Site, adapters: Sequence[Adapter], *, safe: bool) -> 
             if tensor is not None and tensor.data_ptr() == _pointer(site.owner._parameters.get(name)):
                 tensors[name] = tensor.clone()
     return tensors
+
+
+def delta_weight(bare: Site, adapters: Mapping[str, Adapter], name: str) -> Tensor:
+    """Return by how much an adapter alone changes the weight of the bare layer, in the form the layer stores it.
+
+    With a base of half precision it is computed in float32 and not rounded.
+
+    Raises:
+        UnknownAdapterError: The layer has no such adapter.
+        MergeError: The adapter has no merged form.
+    """
+    adapter = adapters.get(name)
+    if adapter is None:
+        msg = f"The layer {bare.name!r} has no adapter {name!r}; it has {listing(sorted(adapters))}."
+        raise UnknownAdapterError(msg)
+    if adapter.unfoldable is not None:
+        msg = f"The adapter {name!r} on {bare.name!r} does not change its weight: {adapter.unfoldable}."
+        raise MergeError(msg)
+    if bare.dtype in (torch.float16, torch.bfloat16):
+        bare = bare.with_parameters({bare.weight_name: bare.stored.float()})
+    weight = bare.weight
+    delta = adapter.delta(bare) if isinstance(adapter, AdditiveAdapter) else adapter.merged(bare)[0] - weight
+    stored = bare.to_stored(delta.reshape(weight.shape), None)[bare.weight_name]
+    return cast("Tensor", stored)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
+from tunerkit.biases import trained_biases
+from tunerkit.checkpoint.base_model import repeated_keys
 from tunerkit.checkpoint.files import read_tensors
 from tunerkit.checkpoint.state import PREFIX, Loading, Piece, collect, pieces
 from tunerkit.config import check_config
-from tunerkit.errors import AdapterStateError, ConfigError, TargetError, UnknownAdapterError
+from tunerkit.embeddings import check_writable, embeddings_to_load, embeddings_to_save
+from tunerkit.errors import AdapterStateError, TargetError, UnknownAdapterError
+from tunerkit.keywords import check_loading
 from tunerkit.layer import tuner_layers
 from tunerkit.naming import listing
 from tunerkit.plugins import get_method
 from tunerkit.tuner import BaseTuner, find_tuner
 
 if TYPE_CHECKING:
+    import contextlib
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -55,6 +59,12 @@ def inject_adapter_in_model(
             f"add_adapter({adapter_name!r}, config) on it."
         )
         raise AdapterStateError(msg)
+    if trained_biases(peft_config) is not None:
+        msg = (
+            f"bias={peft_config.bias!r} trains the model's own biases, whose original values need a home "  # type: ignore[attr-defined]
+            "beside the model. Use get_peft_model(model, config), or leave bias at 'none'."
+        )
+        raise TargetError(msg)
     if method.method.part is not None:
         msg = (
             f"{method.id!r} shares tensors between all its layers, which need a home beside the model. "
@@ -66,8 +76,7 @@ def inject_adapter_in_model(
     return model
 
 
-@contextlib.contextmanager
-def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> Iterator[None]:
+def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> contextlib.AbstractContextManager[None]:
     """Within the block, calls of an adapted model in this thread use these adapters; nothing on the model changes.
 
     Args:
@@ -78,12 +87,71 @@ def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> Iterator
         UnknownAdapterError: There is no such adapter.
         RouteError: Adapters are merged.
     """
-    tuner = find_tuner(model)
-    if tuner is None and not any(True for _ in tuner_layers(model)):
-        msg = f"The model ({type(model).__name__}) has no adapters. Attach one with get_peft_model(model, config)."
-        raise UnknownAdapterError(msg)
-    with (tuner or BaseTuner.around(model)).use_adapter(adapter_name):
-        yield
+    return _tuner_of(model).use_adapter(adapter_name)
+
+
+def use_rows(
+    model: nn.Module, adapter_names: Sequence[str], repeats: int = 1
+) -> contextlib.AbstractContextManager[None]:
+    """Within the block, each row of the batches that an adapted model gets in this thread has an adapter of its own.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_names: The adapter of each row; `"__base__"` is the base model.
+        repeats: How often `generate` repeats each row; see `BaseTuner.use_rows`.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        RouteError: Rows of this model cannot have adapters of their own.
+    """
+    return _tuner_of(model).use_rows(adapter_names, repeats)
+
+
+def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    """Make adapters of a model active and trainable, and freeze the others; see `BaseTuner.set_adapter`.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_name: One name or several, which stand on one another in this order.
+        inference_mode: Keep the active ones frozen too.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        AdapterStateError: They cannot be active together.
+    """
+    _tuner_of(model).set_adapter(adapter_name, inference_mode=inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Say whether adapters of a model train, whether they are active or not; unknown names are passed over.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_names: One name or several.
+        requires_grad: Whether they train.
+    """
+    _tuner_of(model).set_requires_grad(adapter_names, requires_grad)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "") -> list[str] | None:
+    """Take an adapter out of a model, its config too; layers that hold no other become the base layers they were.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        adapter_name: The adapter's name.
+        prefix: Accepted for PEFT's sake; layers are found by what they hold, whatever they are called.
+
+    Returns:
+        The names of the adapters that are active now, or None if there are none.
+
+    Raises:
+        UnknownAdapterError: There is no such adapter.
+        AdapterStateError: It is merged.
+    """
+    del prefix
+    tuner = _tuner_of(model)
+    tuner.delete_adapter(adapter_name)
+    return tuner.active_adapters or None
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -112,17 +180,20 @@ def get_peft_model_state_dict(
         state_dict: The model's state, gathered elsewhere, to take the values from.
         adapter_name: The adapter.
         unwrap_compiled: Accepted for PEFT's sake; keys never hold the compiler's `_orig_mod`.
-        save_embedding_layers: Whether embeddings are saved beside the adapter; only "auto" and False are supported.
+        save_embedding_layers: Whether the base model's input and output embeddings are saved beside the adapter. "auto"
+            does that, with a `SaveWarning`, if `target_modules` names `embed_tokens` or `lm_head`, or if the model's
+            vocabulary is not of the size that the `config.json` in the folder says from which the model came.
 
     Raises:
         UnknownAdapterError: There is no such adapter.
         CheckpointError: The given state lacks a tensor of the adapter.
     """
     del unwrap_compiled
-    if save_embedding_layers not in ("auto", False):
-        msg = f"save_embedding_layers={save_embedding_layers!r} is not supported by this version; leave it at 'auto'."
-        raise ConfigError(msg)
     found = pieces_of(model, adapter_name)
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is not None:
+        base, prefix = _base(model)
+        found += embeddings_to_save(base, config, adapter_name, prefix, save_embedding_layers)
     names = {id(module): name for name, module in model.named_modules()} if state_dict is not None else {}
 
     def path_of(piece: Piece) -> str:
@@ -168,6 +239,7 @@ def load_peft_weights(
     model_id: str | os.PathLike[str],
     device: str | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint.
 
@@ -175,10 +247,13 @@ def load_peft_weights(
         model_id: The checkpoint's folder.
         device: Where the tensors are to be; the CPU if not given.
         key_mapping: Patterns and what replaces them in the keys below the base model; the first that matches counts.
+        kwargs: What PEFT would pass to a download; see `tunerkit.keywords`.
 
     Raises:
+        KeywordError: A keyword argument is unknown.
         CheckpointError: The file is not there or cannot be read.
     """
+    check_loading("load_peft_weights", kwargs, ("device", "key_mapping"))
     tensors = read_tensors(model_id, "cpu" if device is None else device)
     return renamed(tensors, key_mapping)
 
@@ -198,6 +273,21 @@ def _renamed(key: str, mapping: Mapping[str, str]) -> str:
     return key
 
 
+def _base(model: nn.Module) -> tuple[nn.Module, str]:
+    """Return the base model, and what stands before its modules' paths in a checkpoint's keys."""
+    tuner = find_tuner(model)
+    return (model, "") if tuner is None else (tuner.model, PREFIX)
+
+
+def _tuner_of(model: nn.Module) -> BaseTuner:
+    """Return the tuner of a model, or one that is made around the adapters that were injected into it."""
+    tuner = find_tuner(model)
+    if tuner is None and not any(True for _ in tuner_layers(model)):
+        msg = f"The model ({type(model).__name__}) has no adapters. Attach one with get_peft_model(model, config)."
+        raise UnknownAdapterError(msg)
+    return tuner or BaseTuner.around(model)
+
+
 def pieces_of(model: nn.Module, name: str) -> list[Piece]:
     """Return what a model holds of an adapter.
 
@@ -210,6 +300,8 @@ def pieces_of(model: nn.Module, name: str) -> list[Piece]:
     found = (
         pieces(model, name, "", {}, None) if tuner is None else pieces(tuner.model, name, PREFIX, tuner.parts, tuner)
     )
+    if tuner is not None and tuner.biases.name == name:
+        found += tuner.biases.pieces()
     if not found:
         names = {known for _, layer in tuner_layers(model) for known in layer.available_adapters}
         msg = f"The model has no adapter {name!r}; it has {listing(sorted(names))}."
@@ -227,4 +319,9 @@ def loading_for(model: nn.Module, name: str, tensors: Mapping[str, Any]) -> Load
     if any(name in layer.merged_adapters for _, layer in tuner_layers(model)):
         msg = f"The adapter {name!r} is merged, so new tensors would have no effect. Call unmerge_adapter() first."
         raise AdapterStateError(msg)
-    return Loading(pieces_of(model, name), tensors)
+    base, prefix = _base(model)
+    repeated = repeated_keys(base, name, prefix)
+    tensors = {key: value for key, value in tensors.items() if key not in repeated}
+    loading = Loading(pieces_of(model, name), tensors, embeddings_to_load(base, name, prefix))
+    check_writable(base, loading.optional)
+    return loading

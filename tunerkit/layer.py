@@ -7,6 +7,7 @@ is `tunerkit.adapted_layer.AdaptedLayer`.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -329,3 +330,14 @@ def _tensors_in(container: Any, name: str, prefix: str) -> dict[str, Tensor]:
     if isinstance(content, nn.Module):
         return {f"{prefix}.{key}": value for key, value in content.state_dict(keep_vars=True).items()}
     return {prefix: content} if isinstance(content, Tensor) else {}
+
+
+def split_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Separate a layer's input from its other arguments; if all are given by name, it is the layer's first."""
+    if args:
+        return args[0], args[1:], kwargs
+    given = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    first = next(iter(given or kwargs))
+    return kwargs[first], (), {name: value for name, value in kwargs.items() if name != first}

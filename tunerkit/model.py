@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from tunerkit import refusals
+from tunerkit import refusals, status
 from tunerkit.config import check_config
+from tunerkit.generation import repeats_in_generate
 from tunerkit.saved import name_or_path
 from tunerkit.stored_model import StoredModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import torch
     from torch import nn
 
     from tunerkit.config import PeftConfig
@@ -58,10 +60,27 @@ class PeftModel(StoredModel):
         """The type of the first active adapter's method."""
         return self.active_peft_config.peft_type
 
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a call of the model runs with any adapter: one is active and they are not switched off."""
+        return bool(self.active_adapters) and not self.base_model.disabled
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The dtype that the base model says it has, or None if it says none."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """Return what every layer says of its adapters; see `tunerkit.get_layer_status`."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """Return what the layers together say of their adapters; see `tunerkit.get_model_status`."""
+        return status.get_model_status(self)
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many parameters train, and how many there are."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
+        return status.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train."""
@@ -83,6 +102,10 @@ class PeftModel(StoredModel):
         """Within the block, calls of the model in this thread use these adapters; see `BaseTuner.use_adapter`."""
         return self.base_model.use_adapter(adapter_name)
 
+    def use_rows(self, adapter_names: Sequence[str], repeats: int = 1) -> contextlib.AbstractContextManager[None]:
+        """Within the block, each row of a batch has an adapter of its own; see `BaseTuner.use_rows`."""
+        return self.base_model.use_rows(adapter_names, repeats)
+
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model is the base model, bit for bit; what is merged is taken out and put back."""
@@ -97,14 +120,30 @@ class PeftModel(StoredModel):
 
     # Calls
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with the adapters that are active, or that this call is routed to."""
-        return self.base_model(*args, **refusals.own_arguments(kwargs))
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the model with the adapters that are active, or that this call is routed to.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model's `generate`, with the adapters that are active or that this call is routed to."""
-        refusals.refuse_around(self.base_model)
-        return self.get_base_model().generate(*args, **refusals.own_arguments(kwargs))  # type: ignore[operator]
+        Args:
+            args: The arguments of the base model.
+            adapter_names: The adapter of each row of the batch; `"__base__"` is the base model. See `use_rows`.
+            kwargs: The arguments of the base model, by name.
+        """
+        return self.base_model(*args, adapter_names=adapter_names, **refusals.own_arguments(kwargs))
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Call the base model's `generate`, with the adapters that are active or that this call is routed to.
+
+        Args:
+            args: The arguments of the base model's `generate`.
+            adapter_names: The adapter of each row of the batch; `"__base__"` is the base model. See `use_rows`.
+            kwargs: The arguments of the base model's `generate`, by name.
+        """
+        base: Any = self.get_base_model()
+        arguments = refusals.own_arguments(kwargs)
+        if adapter_names is None:
+            refusals.refuse_around(self.base_model)
+        with self.base_model.rows_of_call(adapter_names, args, arguments, repeats_in_generate(base, args, arguments)):
+            return base.generate(*args, **arguments)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -118,6 +157,10 @@ class PeftModel(StoredModel):
             if error.name not in (None, name):  # It is there, and what it does fails.
                 raise
             raise refusals.MissingAttributeError(self, self.base_model.model, name) from None
+
+
+PeftMixedModel = PeftModel
+"""PEFT's name for a model whose adapters are of different methods, which here any model's may be."""
 
 
 def get_peft_model(

@@ -36,6 +36,8 @@ class WholeModule:
 class WholeModules:
     """The modules that a config means by `modules_to_save`.
 
+    With `ensure_weight_tying` those are meant too whose weights are tied to them.
+
     Attributes:
         modules: The modules; one that stands inside another is part of that.
         entries: For each entry how many modules it matched.
@@ -53,6 +55,7 @@ class WholeModules:
         self._wanted = frozenset(wanted)
         self.entries: Counter[str] = Counter(dict.fromkeys(wanted, 0))
         self._layers: dict[str, BaseTunerLayer] = {}
+        self._tied: set[str] = set()
         found: dict[int, WholeModule] = {}
         for key, module, parent, name in places(model):
             if isinstance(module, BaseTunerLayer):
@@ -66,13 +69,26 @@ class WholeModules:
             self._check(key, module)
             known = found.get(id(module), WholeModule(key, module, ()))
             found[id(module)] = WholeModule(known.name, module, (*known.places, (parent, name)))
+        if tied_copies(config):
+            self._add_tied(model, found)
         self.modules = tuple(found.values())
 
+    def _add_tied(self, model: nn.Module, found: dict[int, WholeModule]) -> None:
+        """Add the modules that hold a parameter of one that was found."""
+        shared = {id(parameter) for whole in found.values() for parameter in bare(whole.module).parameters()}
+        for key, module, parent, name in list(places(model)):
+            own = bare(module)._parameters.values()
+            if self.holder(key) is None and not shared.isdisjoint(id(one) for one in own if one is not None):
+                self._check(key, module)
+                self._tied.add(key)
+                known = found.get(id(module), WholeModule(key, module, ()))
+                found[id(module)] = WholeModule(known.name, module, (*known.places, (parent, name)))
+
     def holder(self, key: str) -> str | None:
-        """Return the path of the module of `modules_to_save` that a module is or stands in, or None."""
+        """Return the path of the module to be copied that a module is or stands in, or None."""
         if not self._wanted:
             return None
-        return next((path for path in paths_above(key) if match_name(self._wanted, path)), None)
+        return next((path for path in paths_above(key) if path in self._tied or match_name(self._wanted, path)), None)
 
     def unmatched(self) -> list[str]:
         """Return the entries that matched nothing.
@@ -105,9 +121,9 @@ class WholeModules:
                 if isinstance(value, Tensor) and not value.is_leaf:
                     where = f"{path}.{name}" if path else name
                     msg = (
-                        f"modules_to_save means {key!r} ({type(module).__name__}), whose attribute {where!r} is a tensor "
-                        "that was computed from others (as weight normalisation does), and torch cannot copy such a "
-                        "module. Name another, or make it a parameter first."
+                        f"modules_to_save means {key!r} ({type(module).__name__}), whose attribute {where!r} is a "
+                        "tensor that was computed from others (as weight normalisation does), and torch cannot copy "
+                        "such a module. Name another, or make it a parameter first."
                     )
                     raise UnsupportedSiteError(msg)
 
@@ -128,7 +144,14 @@ class WholeModules:
                 raise TargetError(msg)
 
 
-def put_copies(modules: Sequence[WholeModule], name: str, owner: Owner, journal: Journal) -> list[BaseTunerLayer]:
+def tied_copies(config: PeftConfig) -> bool:
+    """Return whether copies of tied modules are tied as well."""
+    return bool(getattr(config, "ensure_weight_tying", False))
+
+
+def put_copies(
+    modules: Sequence[WholeModule], name: str, owner: Owner, journal: Journal, *, tied: bool
+) -> list[BaseTunerLayer]:
     """Give an adapter its copies of modules, and put in the layers that run them; it is not active yet.
 
     Args:
@@ -136,11 +159,13 @@ def put_copies(modules: Sequence[WholeModule], name: str, owner: Owner, journal:
         name: The adapter's name.
         owner: Stands for the model in the layers.
         journal: Where every step is noted before it is taken.
+        tied: Whether copies share the tensors that their originals share.
 
     Returns:
         The layers that hold the copies.
     """
     layers: list[BaseTunerLayer] = []
+    memo: dict[int, object] = {}
     for whole in modules:
         layer = whole.module
         if isinstance(layer, ModulesToSaveWrapper):
@@ -148,7 +173,7 @@ def put_copies(modules: Sequence[WholeModule], name: str, owner: Owner, journal:
             journal.note_module(layer._container)
         else:
             layer = ModulesToSaveWrapper(layer, whole.name, owner)
-        layer.add_copy(name)
+        layer.add_copy(name, memo if tied else {})
         for parent, child in whole.places:
             journal.note_module(parent)
             parent._modules[child] = layer

@@ -94,3 +94,18 @@ def listing(names: Iterable[object], limit: int = 8) -> str:
     items = [repr(str(name)) for name in names]
     shown = ", ".join(items[:limit]) or "none"
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
+
+
+def given_names(given: object, known: Iterable[str]) -> list[str]:
+    """Return what a caller passed as one name or several, each once.
+
+    Raises:
+        AdapterNameError: It is something else; the message lists the known names.
+    """
+    if not isinstance(given, (str, list, tuple, set, dict)):
+        msg = (
+            f"The adapter is given by its name, or by a list of names; it is {given!r} of type "
+            f"{type(given).__name__}. The model has {listing(known)}."
+        )
+        raise AdapterNameError(msg)
+    return [given] if isinstance(given, str) else list(dict.fromkeys(given))

@@ -7,11 +7,12 @@ import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tunerkit.advice import closest_to, nothing_matched
 from tunerkit.config import PeftConfig
 from tunerkit.errors import NoMatchingPeftModuleError, PluginError, TargetError, UnsupportedSiteError
+from tunerkit.matching import Chooser, Matcher, Verdict
 from tunerkit.modules_to_save import WholeModules
 from tunerkit.naming import listing
 from tunerkit.sites import make_site, site_class
@@ -19,12 +20,9 @@ from tunerkit.targeting import (
     ALL_LINEAR,
     all_linear,
     bare,
-    endings,
-    is_linear,
-    is_transposed,
+    correct_orientation,
+    count_patterns,
     keys_in_state,
-    match_name,
-    match_pattern,
     parameter_places,
     place_of_parameter,
     places,
@@ -39,16 +37,6 @@ if TYPE_CHECKING:
     from tunerkit.modules_to_save import WholeModule
     from tunerkit.sites import Site
     from tunerkit.targeting import Place
-
-Verdict = Literal["adapted", "excluded", "copied", "not matched"]
-
-
-class Chooser(Protocol):
-    """Who answers for a method: the tuner whose hooks or overriding methods are asked."""
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig: ...
-
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> str | re.Match[str] | bool | None: ...
 
 
 @dataclass(frozen=True)
@@ -80,6 +68,8 @@ class Plan:
         decisions: What was decided for each module, in the model's order.
         entries: For each entry of `target_modules` and `target_parameters`, how many modules it matched.
         exclusions: For each entry of `exclude_modules`, how many modules it matched.
+        layers: For each number in `layers_to_transform` and each entry of `layers_pattern`, how many targeted modules
+            are in such a layer.
         patterns: For each setting that gives single modules values by patterns (`rank_pattern`), how many of the
             adapted modules each of its entries fits.
         corrections: What was corrected in the config, in words.
@@ -92,6 +82,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     entries: dict[str, int]
     exclusions: dict[str, int]
+    layers: dict[int | str, int]
     patterns: dict[str, dict[str, int]]
     corrections: tuple[str, ...]
     targets: tuple[Target, ...] = field(repr=False)
@@ -112,6 +103,9 @@ class Plan:
         left += [("exclude_modules", entry) for entry, count in self.exclusions.items() if not count]
         left += [("modules_to_save", entry) for entry in self.unsaved]
         sentences = [f"{entry!r} in {where} matches nothing{closest_to(entry, names)}" for where, entry in left]
+        for unused in (entry for entry, count in self.layers.items() if not count):
+            where = "layers_pattern" if isinstance(unused, str) else "layers_to_transform"
+            sentences.append(f"{unused!r} in {where} matches no layer with targeted modules")
         adapted = [_settings_name(target) for target in self.targets]
         return sentences + [
             f"{entry!r} in {where} fits no adapted module{closest_to(entry, adapted)}"
@@ -169,7 +163,7 @@ def make_plan(
     if wants_all_linear(config):
         config.target_modules = _all_linear(model, config)  # type: ignore[attr-defined]
     whole = WholeModules(model, config)
-    matcher = _Matcher(config, chooser, whole)
+    matcher = Matcher(config, chooser, whole)
     if state_keys is not None:
         _refuse_target_parameters(config)
         matcher.only_in(keys_in_state(model, state_keys, entries, prefix))
@@ -200,8 +194,9 @@ def make_plan(
         tuple(decisions),
         dict(matcher.entries),
         dict(matcher.exclusions),
-        _count_patterns(config, [_settings_name(target) for target in targets.values()]),
-        _correct_orientation(config, list(targets.values())),
+        dict(matcher.layers),
+        count_patterns(config, [_settings_name(target) for target in targets.values()]),
+        correct_orientation(config, [target.module for target in targets.values() if target.parameter_name is None]),
         tuple(targets.values()),
         whole.modules,
         tuple(whole.unmatched()),
@@ -272,117 +267,7 @@ def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
     return found
 
 
-def _count_patterns(config: PeftConfig, paths: list[str]) -> dict[str, dict[str, int]]:
-    """Return for each setting by patterns how many paths each of its entries fits."""
-    return {
-        setting: {entry: _count_fits(setting, entry, paths) for entry in getattr(config, setting) or ()}
-        for setting in config._patterns
-    }
-
-
-def _count_fits(setting: str, entry: str, paths: list[str]) -> int:
-    try:
-        return sum(match_pattern(entry, path) for path in paths)
-    except re.error as error:
-        msg = (
-            f"{setting} holds {entry!r}, which must be a regular expression for a module's path or the end of it, and "
-            f"is a broken one: {error}. Mend it; for text that is meant as it is use re.escape."
-        )
-        raise TargetError(msg) from error
-
-
-def _correct_orientation(config: PeftConfig, targets: list[Target]) -> tuple[str, ...]:
-    """Let a config that says how linear layers store their weights say it right; of a mixture the last one counts."""
-    says = getattr(config, "fan_in_fan_out", None)
-    linear = [] if says is None else [target for target in targets if is_linear(target.module)]
-    if not linear or (is_so := is_transposed(linear[-1].module)) == says:
-        return ()
-    config.fan_in_fan_out = is_so  # type: ignore[attr-defined]
-    kind = type(bare(linear[-1].module)).__name__
-    stored = "in x out" if is_so else "out x in"
-    return (f"fan_in_fan_out={says} does not hold for the targeted {kind}, which stores its weight {stored}",)
-
-
-def _check_pattern(setting: str, wanted: str) -> None:
-    try:
-        re.compile(wanted)
-    except re.error as error:
-        msg = (
-            f"{setting}={wanted!r} is text, so it is a regular expression for whole paths, and a broken one: {error}. "
-            f"Mend it; for the name of a module pass a list, [{wanted!r}]."
-        )
-        raise TargetError(msg) from error
-
-
 def _refuse_target_parameters(config: PeftConfig) -> None:
     if getattr(config, "target_parameters", None):
         msg = "target_parameters cannot be found from the keys of a state dict; attach by the config instead."
         raise TargetError(msg)
-
-
-class _Matcher:
-    """Asks the method about each module and counts what its entries matched."""
-
-    def __init__(self, config: PeftConfig, chooser: Chooser, whole: WholeModules) -> None:
-        self.config = config
-        self.chooser = chooser
-        self.whole = whole
-        self.only: set[str] | None = None
-        self.excluded = getattr(config, "exclude_modules", None)
-        self.parameters = frozenset(getattr(config, "target_parameters", None) or ())
-        self.entries: Counter[str] = Counter()
-        self.exclusions: Counter[str] = Counter()
-        for counter, setting in ((self.entries, "target_modules"), (self.exclusions, "exclude_modules")):
-            wanted = getattr(config, setting, None)
-            if isinstance(wanted, str):
-                _check_pattern(setting, wanted)
-            counter.update(dict.fromkeys([wanted] if isinstance(wanted, str) else sorted(wanted or ()), 0))
-        self.entries.update(dict.fromkeys(sorted(self.parameters), 0))
-
-    def only_in(self, paths: set[str]) -> None:
-        """Decide by these paths alone, whatever the config says."""
-        self.only = paths
-        self.entries.clear()
-        self.exclusions.clear()
-
-    def decide(self, key: str, parameter: str | None) -> tuple[Verdict, str]:
-        """Say whether a module is adapted, or one parameter of it, and why."""
-        holder = self.whole.holder(key)
-        if parameter is not None:
-            key = f"{key}.{parameter}"
-            named = match_name(self.parameters, key)
-            reason = self._count(self.entries, named, key) if named else ""
-            if named and holder:
-                return "excluded", f"in {holder!r}, which is copied"
-            return ("adapted" if named else "not matched"), reason
-        if holder is not None:
-            meant = self.only is None and match_name(getattr(self.config, "target_modules", None), key)
-            if meant:
-                self._count(self.entries, meant, key)
-            if holder == key:
-                return "copied", "modules_to_save"
-            return ("excluded", f"in {holder!r}, which is copied") if meant else ("not matched", "")
-        if self.only is not None:
-            return ("adapted", "in the state dict") if key in self.only else ("not matched", "")
-        found = self.chooser._check_target_module_exists(self.config, key)
-        if found:
-            return "adapted", self._count(self.entries, found, key)
-        excluded = self.excluded and match_name(self.excluded, key)
-        if excluded:
-            # What is excluded was matched all the same: the entry is not one that means nothing.
-            meant = match_name(getattr(self.config, "target_modules", None), key)
-            if meant:
-                self._count(self.entries, meant, key)
-            return "excluded", self._count(self.exclusions, excluded, key)
-        return "not matched", ""
-
-    @staticmethod
-    def _count(counter: Counter[str], found: str | re.Match[str] | bool, key: str) -> str:
-        if isinstance(found, bool):
-            counter.clear()  # an overriding method that only says yes leaves nothing to count
-            return "matched"
-        entry = found if isinstance(found, str) else found.re.pattern
-        counter[entry] += 1
-        # What was found is one of the entries that mean the module; the others have not matched nothing.
-        counter.update(ending for ending in endings(key) if ending in counter and ending != entry)
-        return repr(entry)

@@ -42,7 +42,7 @@ def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of a call that are the base model's, and refuse those that PEFT takes for itself.
 
     Raises:
-        ConfigError: The call is to use an adapter for each row, or other offsets of activated adapters.
+        ConfigError: The call is to use offsets of activated adapters.
     """
     given = {name: value for name, value in arguments.items() if name not in _PEFTS or value is not None}
     for name, advice in _PEFTS.items():
@@ -54,10 +54,6 @@ def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 _PEFTS = {
-    "adapter_names": (
-        "(an adapter for each row) is not supported by this version. For the whole call use "
-        "`with model.use_adapter(name):`."
-    ),
     "alora_offsets": "is not supported by this version; leave it out.",
 }
 

@@ -21,6 +21,11 @@ from tunerkit.errors import RouteError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tunerkit.rows import Rows
+
+    Names = tuple[str, ...] | Rows
+    """The adapters of a call: of all its rows, in the order in which they stand on one another, or of each row."""
+
 
 class Owner:
     """Stands for one adapted model; its layers hold the same one, also after a deep copy of the whole.
@@ -42,12 +47,13 @@ class Route:
 
     __slots__ = ("calls", "names", "owner", "task", "under")
 
-    def __init__(self, owner: Owner, names: tuple[str, ...], under: Route | None) -> None:
+    def __init__(self, owner: Owner, names: Names, under: Route | None) -> None:
         self.owner = owner
         self.names = names
         self.under = under
         self.calls = 0
-        self.task = torch._C._current_graph_task_id()
+        # While a graph is traced no backward is under way, and the compiler cannot ask for its id.
+        self.task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 class Held:
@@ -55,7 +61,7 @@ class Held:
 
     __slots__ = ("ambiguous", "names", "runs_in", "thread")
 
-    def __init__(self, names: tuple[str, ...] | None, thread: object, runs_in: object) -> None:
+    def __init__(self, names: Names | None, thread: object, runs_in: object) -> None:
         self.names = names
         self.thread = thread
         self.runs_in = runs_in
@@ -89,7 +95,7 @@ class _Forgetter:
         BACKWARD.pop(self.task, None)
 
 
-def current(owner: Owner) -> tuple[str, ...] | None:
+def current(owner: Owner) -> Names | None:
     """Return the names that calls of this model are routed to here and now, or None if they are not routed.
 
     Raises:
@@ -150,7 +156,7 @@ def leave_call(owner: Owner, outputs: Any, active: tuple[str, ...]) -> None:
 @contextlib.contextmanager
 def hold_routes(model: nn.Module, owner: Owner, active: Callable[[], tuple[str, ...]]) -> Iterator[None]:
     """Within the block, the outputs of the model's calls hold their route for the backward, if there can be one."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return
     hooks = (
@@ -177,7 +183,7 @@ def check_held(owner: Owner) -> None:
     checkpointing = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
     if checkpointing and torch._C._current_graph_task_id() == -1:
         msg = (
-            f"A part of the model was called by itself with the adapters {list(route.names)} and with gradient "
+            f"A part of the model was called by itself with the adapters {_listed(route.names)} and with gradient "
             "checkpointing, so its backward would run it again with others. Call the whole model, or make the adapters "
             "active with set_adapter()."
         )
@@ -185,7 +191,7 @@ def check_held(owner: Owner) -> None:
 
 
 @contextlib.contextmanager
-def routed(owner: Owner, names: tuple[str, ...]) -> Iterator[None]:
+def routed(owner: Owner, names: Names) -> Iterator[None]:
     """Within the block, calls of the model in this thread use these adapters."""
     before = CALL.route
     CALL.route = Route(owner, names, before)
@@ -195,7 +201,21 @@ def routed(owner: Owner, names: tuple[str, ...]) -> Iterator[None]:
         CALL.route = before
 
 
-def hold_in_backward(outputs: Any, owner: Owner, names: tuple[str, ...] | None, active: tuple[str, ...] = ()) -> None:
+@contextlib.contextmanager
+def narrowed(owner: Owner, names: tuple[str, ...]) -> Iterator[None]:
+    """Within the block, which is a part of a layer's forward, the layers below that one use these adapters."""
+    around = _pushed(owner)
+    with routed(owner, names):
+        if around is not None and CALL.route is not None:
+            CALL.route.calls = around.calls
+        yield
+
+
+def _listed(names: Names) -> list[str]:
+    return list(names if isinstance(names, tuple) else names.by_row)
+
+
+def hold_in_backward(outputs: Any, owner: Owner, names: Names | None, active: tuple[str, ...] = ()) -> None:
     """Make recomputation in the backward of these outputs use the adapters that the call used.
 
     The parts of several calls of one thread come in the backward one after the other, the last call's first.

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.checkpoint.files import read_checkpoint
-from tunerkit.config import PeftConfig, check_config
-from tunerkit.errors import AdapterNameError, CheckpointError, ConfigError, PluginError
+from tunerkit.checkpoint.card import Card, write_card
+from tunerkit.checkpoint.files import CARD_NAME, read_checkpoint
+from tunerkit.config import PeftConfig, TaskType, check_config
+from tunerkit.errors import AdapterNameError, CardWarning, CheckpointError, ConfigError, PluginError
 from tunerkit.functional import loading_for, renamed
 from tunerkit.naming import listing
 from tunerkit.plugins import get_method
 from tunerkit.tuner import find_tuner
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import nn
 
@@ -123,6 +128,72 @@ def metadata(config: PeftConfig) -> dict[str, str]:
         "tunerkit_plugin": method.distribution or "",
         "tunerkit_plugin_version": method.version or "",
     }
+
+
+def write_model_card(folder: Path, base: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
+    """Write the model card of a folder that holds adapters, or bring the one that is there up to date.
+
+    Warns:
+        CardWarning: It could not be written. No checkpoint is lost for its card.
+    """
+    try:
+        write_card(folder, card_for(base, configs))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        msg = (
+            f"The model card '{folder / CARD_NAME}' could not be written ({reason}). The checkpoint beside it is "
+            "whole; mend or move that file, and call create_or_update_model_card(folder)."
+        )
+        warnings.warn(CardWarning(msg), stacklevel=3)
+
+
+def card_for(base: nn.Module, configs: Mapping[str, PeftConfig]) -> Card:
+    """Return what the model card of adapters is to say."""
+    methods = [get_method(str(config.peft_type)) for config in configs.values()]
+    name = _public_name(base)
+    tags = [tag for method in methods for tag in method.method.tags]
+    tags += getattr(base, "model_tags", None) or []  # what transformers calls a model's own tags
+    if any(kind.__module__.startswith("transformers.") for kind in type(base).__mro__):
+        tags.append("transformers")
+    if name is not None:
+        tags.append(f"base_model:adapter:{name}")
+    versions = {"tunerkit": importlib.metadata.version("tunerkit")}
+    versions |= {method.distribution: method.version or "" for method in methods if method.distribution is not None}
+    adapters = "".join(
+        f"- `{adapter}`: {config.peft_type}, in {'this folder' if adapter == 'default' else f'`{adapter}/`'}\n"
+        for adapter, config in configs.items()
+    )
+    causal = all(config.task_type == TaskType.CAUSAL_LM for config in configs.values())
+    return Card(
+        title="Adapters" if name is None else f"Adapters for {name}",
+        text=_TEXT.format(adapters=adapters, kind=type(base).__name__),
+        base_model=name,
+        pipeline_tag="text-generation" if causal else None,
+        tags=tuple(sorted(set(tags))),
+        versions=versions,
+    )
+
+
+_TEXT = """\
+Trained tensors of adapters for a base model of the class `{kind}`, which is not in here:
+
+{adapters}
+To use one, load the base model and put the adapter into it:
+
+```python
+from tunerkit import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/the/folder")
+```
+
+The files are in PEFT's format, so `from peft import PeftModel` loads them too."""
+
+
+def _public_name(base: nn.Module) -> str | None:
+    """Return the name under which others find the base model, or None: a folder of this machine tells them nothing."""
+    name = name_or_path(base)
+    public = name is not None and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists()
+    return name if public else None
 
 
 def config_to_save(config: PeftConfig, base: nn.Module) -> dict[str, Any]:

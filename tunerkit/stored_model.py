@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,10 +15,12 @@ from tunerkit.config import check_config
 from tunerkit.errors import AdapterNameError, UnknownAdapterError
 from tunerkit.functional import get_peft_model_state_dict
 from tunerkit.journal import Journal
+from tunerkit.keywords import check_loading, check_saving
 from tunerkit.names import RESERVED_NAMES
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
-from tunerkit.saved import SavedAdapter, config_to_save, metadata, refuse_offload
+from tunerkit.preparation import checkpoints_gradients, prepare_model_for_gradient_checkpointing
+from tunerkit.saved import SavedAdapter, config_to_save, metadata, refuse_offload, write_model_card
 from tunerkit.standalone import standalone
 from tunerkit.tuner import BaseTuner
 
@@ -80,6 +83,8 @@ class StoredModel(nn.Module):
             tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             self.base_model = tuner
             self.training = tuner.training
+            if checkpoints_gradients(model):
+                prepare_model_for_gradient_checkpointing(model)
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -103,6 +108,12 @@ class StoredModel(nn.Module):
     def get_base_model(self) -> nn.Module:
         """Return the base model, whose layers may be adapted."""
         return self.base_model.model
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Let gradients flow through checkpointed blocks; see `tunerkit.preparation`. Done at attaching if they are."""
+        prepare_model_for_gradient_checkpointing(model)
+
+    _prepare_model_for_gradient_checkpointing = prepare_model_for_gradient_checkpointing
 
     def add_adapter(
         self,
@@ -149,8 +160,11 @@ class StoredModel(nn.Module):
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write adapters as PEFT does: `default` into the folder, every other one into a folder below it.
+
+        The folder gets a model card, `README.md`, or the one it has is brought up to date.
 
         Args:
             save_directory: The folder; made if it is not there.
@@ -161,12 +175,18 @@ class StoredModel(nn.Module):
             path_initial_model_for_weight_conversion: The folder in which the adapter was saved before training. What
                 is written is then its standalone form, which needs no start: a plain adapter for the unchanged base.
             state_dict: The model's state, gathered elsewhere, to take the values from.
+            kwargs: What PEFT takes and does not read; see `tunerkit.keywords`.
 
         Raises:
+            KeywordError: A keyword argument is unknown.
             UnknownAdapterError: There is no such adapter.
             ConfigError: An adapter is to be converted, and its method has no standalone form.
             CheckpointError: The folder or the values cannot be written; what was there is whole.
+
+        Warns:
+            CardWarning: The model card could not be written; the checkpoint is.
         """
+        check_saving("save_pretrained", kwargs, inspect.signature(self.save_pretrained).parameters)
         refusals.refuse_pickle(safe_serialization)
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names)
@@ -184,6 +204,16 @@ class StoredModel(nn.Module):
             if is_main_process:
                 values = config_to_save(config, self.get_base_model())
                 write_checkpoint(folder if name == "default" else folder / name, values, tensors, metadata(config))
+        if is_main_process:
+            write_model_card(folder, self.get_base_model(), {name: self.peft_config[name] for name in names})
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the model card of a folder, or bring the one that is there up to date.
+
+        Warns:
+            CardWarning: It could not be written.
+        """
+        write_model_card(Path(output_dir), self.get_base_model(), self.peft_config)
 
     push_to_hub = refusals.refuse_push_to_hub
 
@@ -203,6 +233,7 @@ class StoredModel(nn.Module):
         subfolder: str | None = None,
         torch_device: str | torch.device | None = None,
         strict: bool = True,
+        **kwargs: Any,
     ) -> Self:
         """Attach an adapter that was saved, to a model of the class for its task.
 
@@ -219,8 +250,10 @@ class StoredModel(nn.Module):
             subfolder: A folder below `model_id`, for adapters that were saved beside others.
             torch_device: Where the checkpoint's tensors are read to; the CPU if not given.
             strict: Refuse a checkpoint with missing or unexpected tensors rather than warn.
+            kwargs: What PEFT takes beside these; see `tunerkit.keywords`.
 
         Raises:
+            KeywordError: A keyword argument is unknown, or asks for what is not done here.
             CheckpointError: The checkpoint is not there, broken, or does not fit; the model is as it was.
             TunerkitError: The adapter cannot be put in; the model is as it was.
         """
@@ -228,6 +261,9 @@ class StoredModel(nn.Module):
             msg = "The model is a PeftModel already. Call load_adapter(model_id, adapter_name) on it."
             raise AdapterNameError(msg)
         refusals.check_model(model, "PeftModel.from_pretrained(model, model_id)", model_id)
+        check_loading("from_pretrained", kwargs, inspect.signature(cls.from_pretrained).parameters)
+        if key_mapping is None:  # where transformers has renamed modules since
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         saved = SavedAdapter(
             model_id, subfolder, config, is_trainable=is_trainable, device=torch_device, key_mapping=key_mapping
         )
@@ -256,6 +292,7 @@ class StoredModel(nn.Module):
         subfolder: str | None = None,
         config: PeftConfig | None = None,
         strict: bool = True,
+        **kwargs: Any,
     ) -> LoadReport:
         """Add an adapter that was saved, of any method; it is not active yet.
 
@@ -273,14 +310,17 @@ class StoredModel(nn.Module):
             subfolder: A folder below `model_id`, for adapters that were saved beside others.
             config: A config to use instead of the checkpoint's.
             strict: Refuse a checkpoint with missing or unexpected tensors rather than warn.
+            kwargs: What PEFT takes beside these; see `tunerkit.keywords`.
 
         Returns:
             Which tensors found their place.
 
         Raises:
+            KeywordError: A keyword argument is unknown, or asks for what is not done here.
             CheckpointError: The checkpoint is not there, broken, or does not fit; the model is as it was.
             TunerkitError: The adapter cannot be put in; the model is as it was.
         """
+        check_loading("load_adapter", kwargs, inspect.signature(self.load_adapter).parameters)
         refuse_offload(ephemeral_gpu_offload)
         saved = SavedAdapter(
             model_id, subfolder, config, is_trainable=is_trainable, device=torch_device, key_mapping=key_mapping

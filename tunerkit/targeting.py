@@ -1,13 +1,15 @@
-"""Which modules a config means: PEFT's rules for names, suffixes and patterns, and "all-linear"."""
+"""Which modules a config means: PEFT's rules for names, suffixes, patterns and layer numbers, and "all-linear"."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tunerkit.config import TaskType
+from tunerkit.errors import TargetError
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.sites import site_class
 
@@ -74,11 +76,83 @@ def paths_above(path: str) -> Iterator[str]:
     return (".".join(parts[: index + 1]) for index in range(len(parts)))
 
 
+def count_patterns(config: PeftConfig, paths: list[str]) -> dict[str, dict[str, int]]:
+    """Return, for each setting of a config by patterns, how many paths each of its entries fits.
+
+    Raises:
+        TargetError: An entry is no regular expression.
+    """
+    return {
+        setting: {entry: _count_fits(setting, entry, paths) for entry in getattr(config, setting) or ()}
+        for setting in config._patterns
+    }
+
+
+def _count_fits(setting: str, entry: str, paths: list[str]) -> int:
+    try:
+        re.compile(entry)  # by itself, so that the message says the right position
+        return sum(match_pattern(entry, path) for path in paths)
+    except re.error as error:
+        msg = (
+            f"{setting} holds {entry!r}, which must be a regular expression for a module's path or the end of it, and "
+            f"is a broken one: {error}. Mend it; for text that is meant as it is use re.escape."
+        )
+        raise TargetError(msg) from error
+
+
 def match_target(config: PeftConfig, key: str) -> str | re.Match[str] | None:
-    """Return what of a config's targets matches a module's path, or None if nothing does or it is excluded."""
-    if match_name(getattr(config, "exclude_modules", None), key):
+    """Return what of a config's targets matches a module's path, or None if nothing does or it is excluded.
+
+    Of a list of targets, an entry that is not the whole path means modules of the chosen layers only.
+    """
+    if match_name(getattr(config, "exclude_modules", None), key) is not None:
         return None
-    return match_name(getattr(config, "target_modules", None), key)
+    found = match_name(getattr(config, "target_modules", None), key)
+    if not isinstance(found, str) or found == key:
+        return found
+    layers = LayerChoice.of(config)
+    return found if layers is None or layers.has(key) else None
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Which of a model's repeated layers a config means: `layers_to_transform` and `layers_pattern`.
+
+    A layer's number stands in a module's path after a name: 3 in `model.layers.3.mlp.up_proj`. Without a pattern for
+    that name it is the first number after any name, so that the number of an expert within a layer is not taken for it.
+
+    Attributes:
+        numbers: The numbers of the layers.
+        patterns: Regexes for the name before the number; the first that fits decides.
+    """
+
+    numbers: tuple[int, ...]
+    patterns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: PeftConfig) -> LayerChoice | None:
+        """Return what a config chooses, or None if it means all layers."""
+        numbers: list[int] | int | None = getattr(config, "layers_to_transform", None)
+        if numbers is None or numbers == [] or isinstance(getattr(config, "target_modules", None), str):
+            return None
+        patterns: list[str] | str = getattr(config, "layers_pattern", None) or []
+        return cls(
+            (numbers,) if isinstance(numbers, int) else tuple(numbers),
+            (patterns,) if isinstance(patterns, str) else tuple(patterns),
+        )
+
+    def has(self, key: str) -> bool:
+        """Return whether a module's path leads into one of the layers."""
+        found = self.find(key)
+        return found is not None and found[0] in self.numbers
+
+    def find(self, key: str) -> tuple[int, str] | None:
+        """Return the number of the layer into which a path leads and the pattern that found it, or None."""
+        for pattern in self.patterns or (r"[^.]*",):
+            found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", key)
+            if found is not None:
+                return int(found["idx"]), pattern
+        return None
 
 
 def wants_all_linear(config: PeftConfig) -> bool:
@@ -107,10 +181,26 @@ def is_linear(module: nn.Module) -> bool:
     return kind is not None and kind.kind == "linear" and kind.takes(base) is None and kind.alone(base) is None
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Return whether a layer, below adapters or not, stores its weight in x out."""
-    kind = site_class(type(bare(module)))
-    return kind is not None and kind.transposed
+def correct_orientation(config: PeftConfig, modules: list[nn.Module]) -> tuple[str, ...]:
+    """Let a config that says how linear layers store their weights say it right for modules that are to be adapted.
+
+    Of a mixture the last one counts, as in PEFT.
+
+    Returns:
+        What was corrected, in words.
+    """
+    says = getattr(config, "fan_in_fan_out", None)
+    layers = [] if says is None else [bare(module) for module in modules if is_linear(module)]
+    if not layers:
+        return ()
+    kind = type(layers[-1])
+    site = site_class(kind)
+    transposed = site is not None and site.transposed
+    if transposed == says:
+        return ()
+    config.fan_in_fan_out = transposed  # type: ignore[attr-defined]
+    stored = "in x out" if transposed else "out x in"
+    return (f"fan_in_fan_out={says} does not hold for the targeted {kind.__name__}, which stores its weight {stored}",)
 
 
 def _output_layers(model: nn.Module, config: PeftConfig) -> list[Any]:

@@ -6,8 +6,8 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunerkit import merge
-from tunerkit.adapted_model import AdaptedModel
 from tunerkit.attach import attach, make_part
+from tunerkit.biases import Biases, trained_biases
 from tunerkit.config import PeftConfig, check_config
 from tunerkit.errors import (
     AdapterNameError,
@@ -22,10 +22,12 @@ from tunerkit.errors import (
 from tunerkit.hook_calls import HookCalls, declared_method, overrides_hooks
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, cast_up, tuner_layers
-from tunerkit.modules_to_save import put_copies
+from tunerkit.modules_to_save import put_copies, tied_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
 from tunerkit.plan import Plan, make_plan
+from tunerkit.replication import Replication, wanted_ranges
+from tunerkit.routed_model import RoutedModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from tunerkit.plugins.method import Method
 
 
-class BaseTuner(HookCalls, AdaptedModel):
+class BaseTuner(HookCalls, RoutedModel):
     """A model with adapters.
 
     Every tuner can hold adapters of every method. A method's own class (`LoraModel`) may override the three methods
@@ -132,7 +134,10 @@ class BaseTuner(HookCalls, AdaptedModel):
         declared = _declared(face, config)
         entries, kinds = (declared.entries, declared.kinds) if declared is not None else ((), frozenset())
         model_config = self.get_model_config(self.model)
-        return make_plan(self.model, config, face, model_config, state_dict, entries, face.prefix, kinds)
+        ranges = wanted_ranges(config)
+        repeats = self.replication.repeats_more(ranges, self.model)
+        model = Replication(self.model, ranges).preview(self.model) if repeats else self.model
+        return make_plan(model, config, face, model_config, state_dict, entries, face.prefix, kinds)
 
     def inject_adapter(
         self,
@@ -170,10 +175,16 @@ class BaseTuner(HookCalls, AdaptedModel):
                 "name, or take it out first with delete_adapter() or unload()."
             )
             raise AdapterNameError(msg)
-        plan = self.plan(config, state_dict)
+        which = trained_biases(config)
+        if which is not None:
+            self.biases.check_free()
         with Journal() as journal:
             journal.note_module(self)
             journal.note_module(model)
+            if self.replication.repeats_more(wanted_ranges(config), model):
+                self.replication = Replication(model, wanted_ranges(config))
+                self.replication.apply(journal)
+            plan = self.plan(config, state_dict)
             face = self._face_for(config)
             part = self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage)
             layers = attach(
@@ -187,13 +198,18 @@ class BaseTuner(HookCalls, AdaptedModel):
                 via_hook=not overrides_hooks(type(face)),
                 meta=low_cpu_mem_usage,
             )
-            layers += put_copies(plan.copies, adapter_name, self.owner, journal)
+            layers += put_copies(plan.copies, adapter_name, self.owner, journal, tied=tied_copies(plan.config))
+            if which is not None:
+                self.biases = Biases(adapter_name, which, model)
             self.peft_config[adapter_name] = plan.config
             model.__dict__["peft_config"] = self.peft_config
             self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             self._activate_new(layers, adapter_name, frozen=plan.config.inference_mode)
             # A warning may be made an error, and then the adapter is not put in.
-            for sentence in plan.unmatched():
+            unmatched = plan.unmatched()
+            if which is not None and not self.biases.kept:
+                unmatched.append(f"bias={which!r} trains nothing, for there is no bias to train")
+            for sentence in unmatched:
                 warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=2)
             for sentence in plan.corrections:
                 warnings.warn(ConfigWarning(f"{sentence}; it was corrected in the completed config."), stacklevel=2)
@@ -222,7 +238,7 @@ class BaseTuner(HookCalls, AdaptedModel):
             self.set_adapter(active, inference_mode=frozen)
             return
         if name in self.parts:
-            self._set_part(self.parts[name], trains=False)
+            self._set_beside(name, trains=False)
         for layer in layers:
             layer.set_requires_grad(name, requires_grad=False)
             if layer.available_adapters == [name]:
@@ -243,6 +259,8 @@ class BaseTuner(HookCalls, AdaptedModel):
         if any(adapter_name in layer.merged_adapters for layer in layers):
             msg = f"The adapter {adapter_name!r} is merged. Call unmerge_adapter() before deleting it."
             raise AdapterStateError(msg)
+        if self.biases.name == adapter_name:
+            self.biases.check_unmerged(layers)
         rest = [name for name in self.active_adapters if name != adapter_name]
         others = sorted(name for name in self.peft_config if name != adapter_name)
         with Journal() as journal:
@@ -257,7 +275,9 @@ class BaseTuner(HookCalls, AdaptedModel):
                 msg = f"The active adapter {adapter_name!r} was deleted; {others[0]!r} of {listing(others)} is now."
                 warnings.warn(AdapterWarning(msg), stacklevel=2)
                 merge.note_layers(journal, layers, flags=True)
-                self.set_adapter(others[0])
+                self.set_adapter(others[:1])
+            if self.biases.name == adapter_name:
+                self._give_up_biases(journal, keep=False)
             for layer in layers:
                 layer.delete_adapter(adapter_name)
             merge.unwrap(self.model, journal, only_empty=True)
@@ -266,6 +286,8 @@ class BaseTuner(HookCalls, AdaptedModel):
                 withdraw(self, self.parts)  # type: ignore[arg-type]
             if not self.peft_config:
                 self.model.__dict__.pop("peft_config", None)
+                self.replication.undo(journal)
+                self.replication = Replication()
             if declared_method(type(self)) not in (None, *self.methods):
                 # Python does not ask a class about an object that is of exactly that class.
                 journal.note(object.__setattr__, self, "__class__", type(self))

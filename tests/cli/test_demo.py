@@ -46,7 +46,8 @@ def test_twenty_steps(run, method, tmp_path):
     assert float(moved) > 1e-3
     folder = tmp_path / "tunerkit-demo"
     assert f"The checkpoint is in {folder}" in output
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == files
     assert json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["inference_mode"] is True
 
 

@@ -173,7 +173,7 @@ class TestSite:
 
     def test_inputs(self):
         site = LinearSite(nn.Linear(5, 4))
-        assert site.channels == 5
+        assert (site.channels, site.groups) == (5, 1)
         scale = torch.randn(5)
         x = torch.randn(3, 5)
         found = site.run(x, site.weight * site.scale_inputs(scale), site.bias)

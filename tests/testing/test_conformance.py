@@ -18,6 +18,7 @@ from tunerkit.adapter import Adapter, linear
 from tunerkit.testing import MethodConformance
 from tunerkit.testing.bench import Bench, Snapshot, first_tensor
 from tunerkit.testing.models import SAMPLES, Recomputed
+from tunerkit_lora import LoraConfig
 
 pytest_plugins = ["pytester"]
 
@@ -175,6 +176,23 @@ class TestModels:
         for toy, expected in ((rotation, ["linear"]), (rows, ["embedding"]), (parameters, ["parameter"])):
             with registered(toy):
                 assert Case()._declared_kinds() == expected
+
+    def test_a_kind_may_have_several_models(self):
+        class Case(MethodConformance):
+            def config(self):
+                return LoraConfig()
+
+        expected = ["linear", "embedding", "attention", "parameter", "conv1d", "conv2d", "conv3d", "grouped conv2d"]
+        assert Case()._declared_kinds() == expected
+
+    @pytest.mark.parametrize(("sample", "kind"), [("grouped conv2d", "conv2d"), ("linear", "linear"), ("own", "own")])
+    def test_kind_of_a_model(self, sample, kind, tmp_path):
+        class Case(MethodConformance):
+            def make_inputs(self, kind):
+                assert kind == sample
+                return ()
+
+        assert Bench(Case(), sample, tmp_path).kind == kind
 
 
 class OwnModel(nn.Module):

@@ -33,7 +33,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 SAVE_ID_KEY = "tunerkit_save_id"
 """The entry of the tensors' metadata that holds the id of the save that wrote them (32 hexadecimal digits)."""
 
-TEMPORARY = re.compile(rf"(?:{re.escape(CONFIG_NAME)}|{re.escape(WEIGHTS_NAME)})\.([0-9a-f]{{32}})\.tmp")
+CARD_NAME = "README.md"
+
+TEMPORARY = re.compile(
+    rf"(?:{'|'.join(map(re.escape, (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)))})\.([0-9a-f]{{32}})\.tmp"
+)
 """What the names of a save's temporaries look like; the group is the save's id."""
 
 _PICKLE_NAME = "adapter_model.bin"
@@ -90,11 +94,25 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         # Somebody else's folder, or a read-only one: the config is complete all the same, just not under its name.
         path = _pending_config(folder) or path
     try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
+        return read_json(path)
+    except CheckpointNotFoundError as error:
         if path.name != CONFIG_NAME:  # Another process has finished the save since.
             return read_config(folder)
-        raise CheckpointNotFoundError(_missing_file(folder, CONFIG_NAME)) from error
+        raise CheckpointNotFoundError(_missing_file(folder, CONFIG_NAME)) from error.__cause__
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a config's file holds, whatever its name.
+
+    Raises:
+        CheckpointError: The file cannot be read, is not JSON in UTF-8, holds a key twice, or holds no JSON object.
+        CheckpointNotFoundError: The file is not there.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        msg = f"There is no file '{path}'. Check the path."
+        raise CheckpointNotFoundError(msg) from error
     except OSError as error:
         raise CheckpointError(unreadable(path, error)) from error
     return _parse(path, data)

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.adapter import Adapter
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.errors import CheckpointError
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, entry_name, tuner_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from tunerkit.adapter import Part
+    from tunerkit.adapter import Adapter, Part
 
 PREFIX = "base_model.model."
 
@@ -36,7 +35,8 @@ class Piece:
         holder: The layer, or the tuner for the model-wide part.
         name: The adapter's name.
         tensors: Its tensors by their key below `path`.
-        adapter: The adapter, if it is one that knows a form of its own for checkpoints.
+        adapter: The adapter, if a checkpoint holds its tensors in another form than it does.
+        in_model: Whether the tensors are in the model's state now, rather than kept for another time.
     """
 
     path: str
@@ -44,6 +44,7 @@ class Piece:
     name: str
     tensors: dict[str, Tensor]
     adapter: Adapter | None = None
+    in_model: bool = True
 
     def key(self, local: str) -> str:
         """Return a tensor's key in a checkpoint."""
@@ -69,7 +70,7 @@ def pieces(model: nn.Module, name: str, prefix: str, parts: Mapping[str, Part], 
         parts: The model-wide parts by adapter name.
         tuner: Where those parts are visible in the module tree.
     """
-    layers = ((path, layer) for path, layer in tuner_layers(model) if layer.adapter_tensors(name))
+    layers = ((path, layer) for path, layer in _levels(model, name) if layer.adapter_tensors(name))
     found = [piece_of(path, layer, name, prefix) for path, layer in layers]
     if name in parts and tuner is not None:
         found.append(Piece(prefix.partition(".")[0], tuner, name, parts[name].state_dict(keep_vars=True)))
@@ -85,10 +86,40 @@ def piece_of(path: str, layer: BaseTunerLayer, name: str, prefix: str) -> Piece:
         name: The adapter's name.
         prefix: What stands before the layers' paths in keys.
     """
+    tensors = layer.adapter_tensors(name)
     adapter = layer.adapters.get(name) if isinstance(layer, AdaptedLayer) else None
-    own = adapter if adapter is not None and type(adapter).to_checkpoint is not Adapter.to_checkpoint else None
+    own = adapter if adapter is not None and adapter.to_checkpoint(tensors) is not tensors else None
     clean = f"{prefix}{path}.".replace("_orig_mod.", "").removesuffix(".")
-    return Piece(clean, layer, name, layer.adapter_tensors(name), own)  # type: ignore[arg-type]
+    return Piece(clean, layer, name, tensors, own)  # type: ignore[arg-type]
+
+
+def _levels(model: nn.Module, name: str) -> list[tuple[str, BaseTunerLayer]]:
+    """Return the layers with an adapter, by the paths that they would have in a model without other adapters.
+
+    Layers of several parameters of a module stand on one another: in the order of the parameters where one adapter made
+    them, and in whatever order others were added where they are of several.
+    """
+    layers = dict(tuner_layers(model))
+    held = {path: layer for path, layer in layers.items() if name in layer.available_adapters}
+    paths: dict[int, list[str]] = {}
+    stacks: dict[int, list[BaseTunerLayer]] = {}
+    for path, layer in held.items():
+        parts = path.split(".")
+        above = [".".join(parts[:index]) for index in range(len(parts))]
+        kept = [part for part, upper in zip(parts, above, strict=True) if upper not in layers or upper in held]
+        paths.setdefault(id(layer.get_base_layer()), []).append(".".join(kept))
+        stacks.setdefault(id(layer.get_base_layer()), []).append(layer)
+    return [
+        (path, layer)
+        for base, stack in stacks.items()
+        for path, layer in zip(paths[base], sorted(stack, key=_order, reverse=True), strict=True)
+    ]
+
+
+def _order(layer: BaseTunerLayer) -> int:
+    """Return which of its module's parameters a layer is for; -1 if it is for the module."""
+    name = layer.parameter_name if isinstance(layer, AdaptedLayer) else None
+    return -1 if name is None else list(layer.get_base_layer()._parameters).index(name)
 
 
 def collect(
@@ -107,7 +138,7 @@ def collect(
     tensors: dict[str, Tensor] = {}
     for piece in found:
         own = {key: tensor.detach() for key, tensor in piece.tensors.items()}
-        if state_dict is not None and path_of is not None:
+        if state_dict is not None and path_of is not None and piece.in_model:
             where = {key: f"{path_of(piece)}{piece.named(key)}" for key in own}
             lost = [name for name in where.values() if name not in state_dict]
             if lost:
@@ -168,16 +199,24 @@ class _Assignment:
 class Loading:
     """A checkpoint's tensors matched with an adapter's; nothing is written until `write` is called.
 
+    Args:
+        found: What the model holds of the adapter.
+        tensors: The checkpoint's tensors.
+        optional: What else the checkpoint may hold; nothing of it is missing.
+
     Attributes:
         report: What fits and what does not.
+        optional: The optional pieces of which the checkpoint holds something.
     """
 
-    def __init__(self, found: list[Piece], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, found: list[Piece], tensors: Mapping[str, Tensor], optional: Sequence[Piece] = ()) -> None:
         self.report = LoadReport()
+        self.optional: list[Piece] = []
         self._assignments: list[_Assignment] = []
         left = dict(tensors)
         keys = [{local: piece.key(local) for local in piece.in_file(piece.tensors)} for piece in found]
         expected = {key for files in keys for key in files.values()}
+        expected.update(piece.key(local) for piece in optional for local in piece.tensors)
         given = {_known(key, expected): key for key in left}
         for piece, files in zip(found, keys, strict=True):
             values = {local: left.pop(given[key]) for local, key in files.items() if key in given}
@@ -187,6 +226,12 @@ class Loading:
                 values = piece.adapter.from_checkpoint(values) if len(values) == len(files) else {}
             for local, value in values.items():
                 self._match(piece, local, value)
+        for piece in optional:
+            for local in piece.tensors:
+                key = given.get(piece.key(local))
+                if key in left:
+                    self.optional.append(piece)
+                    self._match(piece, local, left.pop(key))
         self.report.unexpected_keys += list(left)
 
     def _match(self, piece: Piece, local: str, value: Tensor) -> None:

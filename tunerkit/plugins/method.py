@@ -20,6 +20,7 @@ class Method:
         adapter: The method's adapter class, or several, of which each says in `kinds` what it adapts; not needed if the
             plugin makes its layers itself in `_create_and_replace`.
         part: What an adapter of this method has once per model, if anything.
+        tags: What a model card is tagged with for an adapter of this method, beside what every card has.
         tuner: The method's tuner class, with PEFT's `target_module_mapping`; plain `BaseTuner` if not given.
         api: The version of the contract the plugin was written for (`tunerkit.plugins.hooks.API_VERSION`).
     """
@@ -29,6 +30,7 @@ class Method:
     part: type[Part] | None = None
     tuner: type[BaseTuner] | None = None
     api: int = 1
+    tags: tuple[str, ...] = ()
 
     @property
     def adapters(self) -> tuple[type[Adapter], ...]:

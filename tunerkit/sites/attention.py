@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 SHOWN = frozenset({"_qkv_same_embed_dim"})
 """What torch's encoder layers ask of an attention layer although its name begins with an underscore."""
 
+_READ = "torch's attention layer reads its parameters once for the whole batch"
+
 
 class AttentionSite(Site):
     """The fused projection of query, key and value, weight 3 embed x embed.
@@ -26,6 +28,7 @@ class AttentionSite(Site):
 
     kind: ClassVar[str] = "attention"
     along: ClassVar[tuple[str, ...]] = ("out_proj",)
+    crosses_rows: ClassVar[str | None] = _READ
     __slots__ = ()
 
     @classmethod
@@ -65,6 +68,7 @@ class AttentionSite(Site):
 class OutputProjectionSite(LinearSite):
     """The `out_proj` of an attention layer. The layer never calls it; what it reads has the adapters folded in."""
 
+    crosses_rows: ClassVar[str | None] = _READ
     __slots__ = ()
 
     @classmethod

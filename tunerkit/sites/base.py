@@ -6,7 +6,6 @@ with other parameters in place of its own. A method that is a formula on that ma
 
 from __future__ import annotations
 
-import copy
 import math
 from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -100,6 +99,7 @@ class Site:
 
     Attributes:
         kind: The kind of layer, by which a method says what it adapts.
+        crosses_rows: Why rows of one batch cannot have adapters of their own at such a layer, or None if they can.
         along: The names of children that are adapted along with the module.
         transposed: Whether the layer stores its weight in x out.
         module: The layer itself.
@@ -107,6 +107,7 @@ class Site:
     """
 
     kind: ClassVar[str] = "module"
+    crosses_rows: ClassVar[str | None] = None
     along: ClassVar[tuple[str, ...]] = ()
     transposed: ClassVar[bool] = False
     __slots__ = ("module", "name")
@@ -124,9 +125,7 @@ class Site:
 
     def at(self, module: nn.Module) -> Site:
         """Return this site with another module in the layer's place: FSDP, quantisers and offloaders change it."""
-        other = copy.copy(self)
-        other.module = module
-        return other
+        return type(self)(module, self.name)
 
     @classmethod
     def takes(cls, module: nn.Module) -> str | None:
@@ -208,6 +207,11 @@ class Site:
     def channels(self) -> int:
         """How many numbers the input holds at each place of it."""
         return self.in_features
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups the input's channels are divided, of which each row of the weight sees one."""
+        return 1
 
     def scale_inputs(self, scale: Tensor) -> Tensor:
         """Return a number for each channel of the input as the matrix with which it multiplies the weight.

@@ -43,9 +43,9 @@ class EmbeddingSite(Site):
     def only_looks_up(self) -> bool:
         """Whether the layer returns rows of its table as they are, or times one number: see `look_up`."""
         module = self.module
-        known = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-        changed = "forward" in module.__dict__ or module._forward_pre_hooks or module._forward_hooks
-        return known and not changed and not self.renormalises
+        return not self.renormalises and (
+            type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        )
 
     def look_up(self, tokens: Tensor, table: Tensor) -> Tensor:
         """Return the rows of another table as a layer that `only_looks_up` returns those of its own.

@@ -26,6 +26,10 @@ class ParameterSite(Site):
         super().__init__(module, name)
         self.parameter_name = parameter_name
 
+    def at(self, module: nn.Module) -> Site:
+        """Return this site with another module in the layer's place."""
+        return type(self)(module, self.name, self.parameter_name)
+
     @property
     def settings_name(self) -> str:
         """The path of the parameter."""

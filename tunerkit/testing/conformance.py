@@ -15,6 +15,7 @@ from tunerkit.testing.maths import MathsChecks
 from tunerkit.testing.merging import MergingChecks
 from tunerkit.testing.models import SAMPLES
 from tunerkit.testing.routes import RouteChecks
+from tunerkit.testing.rows import RowChecks
 from tunerkit.testing.state import StateChecks
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from tunerkit.model import PeftModel
 
 
-class MethodConformance(MathsChecks, MergingChecks, LifecycleChecks, FileChecks, RouteChecks, StateChecks):
+class MethodConformance(MathsChecks, MergingChecks, LifecycleChecks, FileChecks, RouteChecks, RowChecks, StateChecks):
     """Every check that the core relies on, for one method.
 
     An author subclasses it, calls the subclass `Test...`, and defines `config`. Each check is run on every kind of site

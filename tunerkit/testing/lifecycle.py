@@ -166,7 +166,7 @@ class LifecycleChecks:
         To mend: change nothing outside the adapter while it is made; a hook that replaces a module changes only its
         parent.
         """
-        count = len(list(bench.start().base_model.layers()))
+        started = bench.start()
         method = bench.method
         adapter = method.adapter_for(bench.kind) if bench.kind in method.kinds else None
         if moment == "constructor" and adapter is None:
@@ -174,7 +174,12 @@ class LifecycleChecks:
         tuner = bench.method.tuner or BaseTuner
         victim: type = adapter if moment == "constructor" and adapter is not None else tuner
         name = "__init__" if moment == "constructor" else "_create_and_replace"
-        for number in range(count):
+        owner = next(kind for kind in victim.__mro__ if name in vars(kind))
+        made = [adapter for layer in adapted_layers(started) for adapter in layer.adapters.values()]
+        calls = sum(isinstance(adapter, owner) for adapter in made)
+        if moment == "hook":
+            calls = len(list(started.base_model.layers()))
+        for number in range(calls):
             base = bench.base()
             model = bench.adapted("one", base=base) if beside else None
             whole: nn.Module = model if model is not None else base
@@ -185,7 +190,6 @@ class LifecycleChecks:
             )
             before, output = Snapshot.of(whole), bench.run(whole)
             with monkeypatch.context() as patch:
-                owner = next(kind for kind in victim.__mro__ if name in vars(kind))
                 patch.setattr(owner, name, _failing_after(vars(owner)[name], number, error))
                 with pytest.raises(error, match="on purpose"):
                     fail()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,17 +50,18 @@ class MathsChecks:
         """
         model = bench.adapted("under", "upper")
         bench.need_merged_form(model)
-        for layer, x in self._inputs_of_layers(bench, model):
-            below: Below = Bound(layer.site, layer.bare_site, (), {})
+        for layer, (x, *args), kwargs in self._inputs_of_layers(bench, model):
+            below: Below = Bound(layer.site, layer.bare_site, tuple(args), kwargs)
             adapter = layer.adapters["upper"]
             before = x.clone()
             with torch.no_grad():
                 own = adapter.forward(x, below)
                 weight, bias = adapter.merged(below)
-                assert own.shape == below(x).shape
+                assert first_tensor(own).shape == first_tensor(below(x)).shape
                 assert weight.shape == below.weight.shape
-                assert bench.same(own, below.run(x, weight, bias))
-                assert bench.same(own, layer.site.run(x, *adapter.merged(below)))  # again, for it must change nothing
+                again = adapter.merged(below)  # for it must change nothing
+                for parameters in ((weight, bias), again):
+                    assert bench.same(first_tensor(own), first_tensor(below.run(x, *parameters)))
             assert same_bits(x, before), "forward or merged changed its input in place."
 
     def test_gradients(self, bench: Bench) -> None:
@@ -84,19 +86,24 @@ class MathsChecks:
             assert abs(slope - expected) <= 1e-5 * max(1.0, abs(slope)), f"{name}: {expected} is not the slope {slope}."
 
     @staticmethod
-    def _inputs_of_layers(bench: Bench, model: PeftModel) -> list[tuple[AdaptedLayer, Tensor]]:
-        """Return the layers and what reaches them when the model is run."""
-        found: dict[int, tuple[AdaptedLayer, Tensor]] = {}
+    def _inputs_of_layers(bench: Bench, model: PeftModel) -> list[tuple[AdaptedLayer, list[Any], dict[str, Any]]]:
+        """Return the layers and what reaches them when the model is run; not those whose parameters are only read."""
+        found: list[tuple[AdaptedLayer, list[Any], dict[str, Any]]] = []
 
-        def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            found[id(layer)] = (layer, args[0].detach().clone())  # type: ignore[assignment]
+        def note(layer: AdaptedLayer, _called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # What is called may be a twin of the layer.
+            if all(layer is not noted for noted, _, _ in found):
+                found.append((layer, [args[0].detach().clone(), *args[1:]], kwargs))
 
-        handles = [layer.register_forward_pre_hook(note) for layer in adapted_layers(model)]
+        layers = [layer for layer in adapted_layers(model) if type(layer.site).alone(layer.get_base_layer()) is None]
+        handles = [
+            layer.register_forward_pre_hook(functools.partial(note, layer), with_kwargs=True) for layer in layers
+        ]
         bench.run(model)
         for handle in handles:
             handle.remove()
         assert len(found) == len(handles), "The model runs only some of its adapted layers on the given inputs."
-        return list(found.values())
+        return found
 
 
 def _loss(model: nn.Module, inputs: list[Tensor]) -> Tensor:

@@ -236,7 +236,7 @@ def test_the_magnitude_comes_from_the_bare_weight_also_when_something_is_merged(
     assert_close(model.get_base_model().wide.lora_magnitude_vector["dora"].weight, lengths)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
 @pytest.mark.parametrize("init", [True, "pissa"])
 def test_a_copy_is_the_same_and_its_own(copied, init):
     both = pair(init_lora_weights=init)
@@ -303,6 +303,8 @@ def test_a_row_of_zeros_gives_no_nan():
     base = nn.Sequential(nn.Linear(4, 3))
     with torch.no_grad():
         base[0].weight[1] = 0
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, use_dora=True, target_modules=["0"]))
+    assert torch.isnan(theirs(torch.randn(2, 4))).any()
     model = tunerkit.get_peft_model(base, LoraConfig(r=2, use_dora=True, target_modules=["0"]))
     assert torch.isfinite(model(torch.randn(2, 4))).all()
 
@@ -355,12 +357,30 @@ def test_a_convolution_with_groups_is_refused():
     assert type(base[0]) is nn.Conv2d
 
 
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [({"use_dora": True}, "use_dora=True"), ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'")],
+)
+def test_an_attention_layer_is_refused(settings, asked):
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(UnsupportedSiteError, match=f"attention.* cannot be adapted with {asked}. Leave it out, or do"):
+        tunerkit.get_peft_model(base, LoraConfig(r=2, target_modules=["attention"], **settings))
+    assert type(base["attention"]) is nn.MultiheadAttention
+
+
+class Doubled(nn.Embedding):
+    def forward(self, tokens):
+        return 2 * super().forward(tokens)
+
+
 def test_an_embedding_that_does_more_than_look_up():
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Embedding(6, 4))
-    base[0].register_forward_hook(lambda module, args, output: 2 * output)
+    base = nn.Sequential(Doubled(6, 4))
     model = tunerkit.get_peft_model(base, LoraConfig(r=2, use_dora=True, target_modules=["0"], init_lora_weights=False))
+    with torch.no_grad():
+        model.get_base_model()[0].lora_magnitude_vector["default"].weight.mul_(1.5)
     tokens = torch.arange(6)
     layer = model.get_base_model()[0]
     weight, _ = layer.adapters["default"].merged(layer.site)
+    assert (weight - layer.base_layer.weight).abs().max() > 1e-3
     assert_close(model(tokens), 2 * weight)

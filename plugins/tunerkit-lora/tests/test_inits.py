@@ -10,7 +10,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tunerkit
-from tunerkit.errors import ConfigError, ConfigWarning, LoadWarning, UnsupportedSiteError
+from tunerkit.errors import (
+    AdapterStateError,
+    CombinationError,
+    ConfigError,
+    ConfigWarning,
+    LoadWarning,
+    UnsupportedSiteError,
+)
 from tunerkit.testing.parity import assert_close, check_parity, run
 from tunerkit_lora import AnchoredLora, EvaConfig, LoftQConfig, LoraConfig
 from tunerkit_lora.inits.orthogonal import orthogonal
@@ -247,7 +254,7 @@ def test_the_start_comes_from_the_bare_weight_also_when_something_is_merged(base
     move(model)
     expected = run(model, x)
     model.save_pretrained(tmp_path)
-    other = tunerkit.get_peft_model(copy.deepcopy(base), lora(False), adapter_name="plain").eval()
+    other = tunerkit.get_peft_model(copy.deepcopy(base), lora(init=False), adapter_name="plain").eval()
     other.merge_adapter()
     other.load_adapter(tmp_path, "default")
     other.add_adapter("fresh", lora(init))
@@ -259,7 +266,7 @@ def test_the_start_comes_from_the_bare_weight_also_when_something_is_merged(base
 
 
 @pytest.mark.parametrize("init", ANCHORED)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
 def test_a_copy_is_the_same_and_its_own(base, x, init, copied):
     model = tunerkit.get_peft_model(base, lora(init)).eval()
     move(model)
@@ -371,6 +378,46 @@ def test_pissa_niter_state_dict_goes_back_into_the_same_model(base, x):
     assert torch.equal(run(model, x), expected)
 
 
+# --- With what is done to adapters that are in.
+
+
+@pytest.mark.parametrize("settings", [{}, {"r": 3}, {"lora_alpha": 9}])
+def test_swapping_another_in_takes_its_start_too(base, x, settings, tmp_path):
+    other = tunerkit.get_peft_model(copy.deepcopy(base), lora("pissa", **settings)).eval()
+    move(other)
+    expected = run(other, x)
+    other.save_pretrained(tmp_path)
+    model = tunerkit.get_peft_model(copy.deepcopy(base), lora("pissa")).eval()
+    tunerkit.hotswap_adapter(model, tmp_path, "default")
+    assert_close(run(model, x), expected)
+    model.save_pretrained(tmp_path / "again")
+    state, saved = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "again", tmp_path))
+    assert all(torch.equal(state[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize("inits", [("pissa", True), (True, "pissa")])
+def test_swapping_in_one_of_another_class_is_refused(base, inits, tmp_path):
+    there, here = inits
+    tunerkit.get_peft_model(copy.deepcopy(base), lora(there)).save_pretrained(tmp_path)
+    model = tunerkit.get_peft_model(base, lora(here))
+    before = bits(model)
+    with pytest.raises(AdapterStateError, match=r"so it cannot be swapped in place\. Load it as another adapter\."):
+        tunerkit.hotswap_adapter(model, tmp_path, "default")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_combining_is_refused(base, init):
+    model = tunerkit.get_peft_model(base, lora(init))
+    model.add_adapter("other", lora(init=True))
+    with pytest.raises(CombinationError) as error:
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both", combination_type="svd")
+    assert str(error.value) == (
+        f"'default' leans on factors of the base's weight (init_lora_weights={init!r}). Save it with "
+        "path_initial_model_for_weight_conversion, and combine what that gives."
+    )
+
+
 # --- What does not go.
 
 
@@ -412,7 +459,7 @@ def test_starts_that_change_the_base_are_refused(init, reason):
 
 def test_a_checkpoint_of_lora_ga_is_loaded_as_in_peft(base, x, tmp_path):
     # PEFT derives nothing when it loads one: the tensors are an update of whatever base there is.
-    config = peft.get_peft_config({**lora(True).to_dict(), "init_lora_weights": "lora_ga"})
+    config = peft.get_peft_config({**lora(init=True).to_dict(), "init_lora_weights": "lora_ga"})
     config.lora_ga_config = peft.LoraGAConfig()
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     with torch.no_grad():
@@ -430,7 +477,7 @@ def test_a_checkpoint_of_lora_ga_is_loaded_as_in_peft(base, x, tmp_path):
 
 @pytest.mark.parametrize("init", ["corda", "loftq"])
 def test_other_checkpoints_that_rest_on_another_base_are_refused(base, init, tmp_path):
-    model = tunerkit.get_peft_model(copy.deepcopy(base), lora(False))
+    model = tunerkit.get_peft_model(copy.deepcopy(base), lora(init=False))
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace('"init_lora_weights": false', f'"init_lora_weights": "{init}"'))
@@ -508,7 +555,6 @@ def test_mica_trains_a_alone(base):
         ({"loftq_config": LoftQConfig()}, "loftq_config"),
         ({"eva_config": EvaConfig()}, "eva_config"),
         ({"corda_config": {"corda_method": "kpm"}}, "corda_config"),
-        ({"lora_ga_config": {"direction": "ArBr"}}, "lora_ga_config"),
     ],
 )
 def test_settings_of_another_start_have_no_effect(settings, name):
@@ -526,7 +572,7 @@ def test_loftq_config_has_pefts_fields():
 def test_peft_refuses_or_makes_the_same(base):
     # What is refused here is refused there, so that no script of PEFT's stops working.
     for init, settings in (("orthogonal", {"r": 3}), ("mica", {"r": 7})):
-        with pytest.raises(ValueError, match="rank to be even|MiCA requires"):
+        with pytest.raises(ValueError, match=r"rank to be even|MiCA requires"):
             peft.get_peft_model(copy.deepcopy(base), peft.get_peft_config(lora(init, **settings).to_dict()))
     with pytest.raises(ValueError, match="Unknown initialization"):
         peft.get_peft_model(

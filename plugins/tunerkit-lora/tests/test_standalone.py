@@ -1,4 +1,4 @@
-"""Adapters as plain ones of twice the rank, for the base model as it was: PEFT's path_initial_model_for_weight_conversion."""
+"""Adapters as plain ones of twice the rank, for the base model as it was."""
 
 import copy
 import json
@@ -92,7 +92,7 @@ def test_the_initial_folder_and_the_model_stay_as_they_are(base, tmp_path):
 def test_a_start_that_the_adapter_does_not_know(base, tmp_path):
     # What LoRA-GA leaves: a plain adapter that began away from zero, on a base from which that was taken off. Here the
     # original base is what it is converted for.
-    model = tunerkit.get_peft_model(copy.deepcopy(base), lora(False)).eval()
+    model = tunerkit.get_peft_model(copy.deepcopy(base), lora(init=False)).eval()
     start = run(model, X)
     saved_twice(model, tmp_path)
     converted = tunerkit.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "final")

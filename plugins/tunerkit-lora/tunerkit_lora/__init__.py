@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tunerkit import Method, hookimpl
 from tunerkit.defaults import find_site
+from tunerkit.errors import UnsupportedSiteError
 from tunerkit.sites import OutputProjectionSite
 from tunerkit_lora.adapter import LoraAdapter
 from tunerkit_lora.anchored import AnchoredLora
@@ -73,7 +74,9 @@ __all__ = [
 _PLAIN: tuple[type[LowRankAdapter], ...] = (LoraAdapter, LoraEmbedding, LoraConvolution, LoraAttention, LoraExperts)
 _DORA: tuple[type[LowRankAdapter], ...] = (DoraLinear, DoraEmbedding, DoraConvolution)
 
-method = Method(config=LoraConfig, adapter=(*_PLAIN, AnchoredLora, *_DORA, AnchoredDora), tuner=LoraModel)
+method = Method(
+    config=LoraConfig, adapter=(*_PLAIN, AnchoredLora, *_DORA, AnchoredDora), tuner=LoraModel, tags=("lora",)
+)
 
 
 @hookimpl
@@ -86,8 +89,14 @@ def _create_and_replace(
 
 
 def _adapter_class(site: Site, config: LoraConfig) -> type[LowRankAdapter]:
-    if isinstance(site, OutputProjectionSite):
-        return LoraOutputProjection
+    if isinstance(site, OutputProjectionSite) or site.kind == "attention":
+        if config.use_dora or config.is_anchored:
+            asked = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
+            msg = (
+                f"The attention layer {site.name!r} cannot be adapted with {asked}. Leave it out, or do not target it."
+            )
+            raise UnsupportedSiteError(msg)
+        return LoraAttention if site.kind == "attention" else LoraOutputProjection
     if config.is_anchored and site.kind == "linear":
         return AnchoredDora if config.use_dora else AnchoredLora
     return next(adapter for adapter in (*(_DORA if config.use_dora else ()), *_PLAIN) if site.kind in adapter.kinds)

@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 
-from tunerkit.adapter import add_low_rank, linear
+from tunerkit.adapter import add_low_rank, add_low_rank_rows, have_plain_weights, linear
 from tunerkit.sites import twin
 from tunerkit_lora.base import LowRankAdapter
 from tunerkit_lora.factors import starting_bias, starting_factors
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from collections.abc import Sequence
 
+    from torch import Tensor, nn
+    from typing_extensions import Self
+
+    from tunerkit.rows import Groups
     from tunerkit.sites import Below, Site
     from tunerkit_lora.config import LoraConfig
 
@@ -83,3 +87,15 @@ class LoraAdapter(LowRankAdapter):
             weight: Tensor = second.weight  # type: ignore[assignment]
             second = twin(second, weight=gain.reshape(-1, *(1 for _ in weight.shape[1:])) * weight)
         return add_low_rank(y, x, first, second, self.scaling)
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Self], x: Tensor, below: Below, groups: Groups) -> Tensor:
+        """Return the inherited result with the small factors of all adapters in two products for the whole batch."""
+        dropouts = {adapter.lora_dropout if adapter.training else 0.0 for adapter in adapters}
+        downs, ups = [adapter.lora_A for adapter in adapters], [adapter.lora_B for adapter in adapters]
+        if len(dropouts) > 1 or not have_plain_weights(*downs, *ups):
+            return super().forward_rows(adapters, x, below, groups)
+        rate = dropouts.pop()
+        dropped = F.dropout(x, rate) if rate else x
+        scalings = [adapter.scaling for adapter in adapters]
+        return add_low_rank_rows(below(x), dropped, downs, ups, scalings, groups.position_of_rows(x.device))

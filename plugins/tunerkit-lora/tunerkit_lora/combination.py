@@ -101,8 +101,8 @@ def _rank(kind: str, adapters: Sequence[str], configs: Sequence[LoraConfig], svd
             raise CombinationError(msg)
         if getattr(config, "is_anchored", False):
             msg = (
-                f"{name!r} leans on factors of the base's weight (init_lora_weights={config.init_lora_weights!r}). Save "
-                "it with path_initial_model_for_weight_conversion, and combine what that gives."
+                f"{name!r} leans on factors of the base's weight (init_lora_weights={config.init_lora_weights!r}). "
+                "Save it with path_initial_model_for_weight_conversion, and combine what that gives."
             )
             raise CombinationError(msg)
     largest = [max([config.r, *(config.rank_pattern or {}).values()]) for config in configs]

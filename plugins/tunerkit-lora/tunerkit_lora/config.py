@@ -58,31 +58,35 @@ class LoraConfig(PeftConfig):
         lora_dropout: The probability with which each element of the adapter's input is dropped while training.
         fan_in_fan_out: Whether the weights are stored in x out. The layer knows; a value that is wrong for the targeted
             layers is corrected in the completed config, with a `ConfigWarning`.
-        bias: Which biases of the base are trained too. *(not built)*
+        bias: Which biases of the base model are trained and saved too: `"none"`, `"all"`, or `"lora_only"`, those of
+            the adapted layers. One adapter at a time can do that.
         use_rslora: Whether `scaling` is divided by the root of the rank rather than by the rank.
         modules_to_save: Modules to train and save as a whole, a copy for each adapter: names or their last parts.
         init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
             standard deviation `1 / r`, `B` zero. `False`: both as PyTorch starts a linear layer, so that the adapter
-            changes the output at once; for tests.
-        layers_to_transform: The numbers of the layers to adapt. *(not built)*
-        layers_pattern: The name before a layer's number. *(not built)*
+            changes the output at once; for tests. `"pissa"`, `"pissa_niter_<number>"`, `"olora"`, `"orthogonal"`,
+            `"mica"` and `"eva"`: see `tunerkit_lora.inits`; for linear layers, `"mica"` for embeddings too.
+        layers_to_transform: The number of the layer to adapt, or several: of the modules that a list of targets means
+            by the end of their path, only those in these layers are adapted.
+        layers_pattern: A regex for the name before a layer's number in a path, or several; if not given, any name.
         rank_pattern: Ranks of single modules, by regexes that fit a module's path or the end of it after a dot. The
             first that fits counts; `^` at the start of one means the whole path.
         alpha_pattern: `lora_alpha` of single modules, in the same way.
         megatron_config: Arguments of Megatron's parallel layers. *(not built)*
         megatron_core: The module that holds Megatron's core. *(not built)*
         trainable_token_indices: Rows of an embedding to train. *(not built)*
-        loftq_config: Settings of the LoftQ start. *(not built)*
-        eva_config: Settings of the EVA start. *(not built)*
-        corda_config: Settings of the CorDA start. *(not built)*
+        loftq_config: Settings of the LoftQ start, which is not made here; without effect.
+        eva_config: Settings of the start `"eva"`, an `EvaConfig`.
+        corda_config: Settings of the CorDA start, which is not made here; without effect.
         lora_ga_config: Settings of the LoRA-GA start. *(not built)*
-        use_dora: Whether magnitude and direction of the weight are learned apart (DoRA). *(not built)*
+        use_dora: Whether magnitude and direction of the weight are learned apart (DoRA).
         velora_config: Settings of VeLoRA's compressed activations. *(not built)*
         alora_invocation_tokens: The tokens after which the adapter sets in (aLoRA). *(not built)*
         use_qalora: Whether the input is pooled for a grouped quantisation (QALoRA). *(not built)*
         qalora_group_size: The size of QALoRA's groups. *(not built)*
         monteclora_config: Settings of MonteCLoRA's sampling. *(not built)*
-        layer_replication: Ranges of layers to repeat with shared weights. *(not built)*
+        layer_replication: Ranges of layers, each from one to before another, that the model is to consist of: layers
+            are repeated with shared weights and adapters of their own. `[(0, 4), (2, 5)]` makes 7 layers of 5.
         runtime_config: Settings of this run, which are not saved.
         lora_bias: Whether `B` has a bias, which is trained and scaled with it. Not for embeddings, and only with
             `init_lora_weights` at `True` or `False`.
@@ -104,12 +108,12 @@ class LoraConfig(PeftConfig):
     lora_alpha: float = 8
     lora_dropout: float = setting(0.0, minimum=0, maximum=1)
     fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "lora_only"] = unbuilt("none")
+    bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
-    layers_to_transform: list[int] | int | None = unbuilt(None)
-    layers_pattern: list[str] | str | None = unbuilt(None)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = setting(factory=dict)
     alpha_pattern: dict[str, float] | None = setting(factory=dict)
     megatron_config: dict[str, Any] | None = unbuilt(None)
@@ -118,14 +122,14 @@ class LoraConfig(PeftConfig):
     loftq_config: dict[str, Any] | LoftQConfig | None = setting(factory=dict)
     eva_config: EvaConfig | dict[str, Any] | None = None
     corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = unbuilt(None)
     use_dora: bool = False
     velora_config: dict[str, Any] | None = unbuilt(None)
     alora_invocation_tokens: list[int] | None = unbuilt(None)
     use_qalora: bool = unbuilt(default=False)
     qalora_group_size: int = unbuilt(16)
     monteclora_config: dict[str, Any] | None = unbuilt(None)
-    layer_replication: list[tuple[int, int]] | None = unbuilt(None)
+    layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = setting(factory=LoraRuntimeConfig, saved=False)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
@@ -144,6 +148,8 @@ class LoraConfig(PeftConfig):
         """
         self._check_start()
         super().check()
+        if self.layer_replication is not None:  # a file has lists
+            self.layer_replication = [(start, end) for start, end in self.layer_replication]
         for entry, rank in (self.rank_pattern or {}).items():
             if rank <= 0:
                 msg = f"LoraConfig.rank_pattern[{entry!r}] must be above 0; it is {rank!r}."
@@ -189,7 +195,6 @@ class LoraConfig(PeftConfig):
             "loftq_config": self.loftq_config,
             "eva_config": self.eva_config if self.init_lora_weights != "eva" else None,
             "corda_config": self.corda_config,
-            "lora_ga_config": self.lora_ga_config,
         }
         for name in (name for name, value in idle.items() if value):
             msg = f"LoraConfig.{name} has no effect with init_lora_weights={given!r}."
@@ -213,8 +218,9 @@ class LoraConfig(PeftConfig):
                 "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
             )
             warnings.warn(LoadWarning(msg), stacklevel=4)
-            values = {**values, "init_lora_weights": True, "lora_ga_config": None}
-        return super().from_dict(values)
+            values = {**values, "init_lora_weights": True}
+        # What it was started with says nothing of an adapter whose factors are in the file.
+        return super().from_dict({**values, "lora_ga_config": None})
 
     @property
     def is_anchored(self) -> bool:

@@ -6,11 +6,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
+from tunerkit.alike import run_each
 from tunerkit.errors import UnsupportedSiteError
 from tunerkit_lora.base import LowRankAdapter
 from tunerkit_lora.factors import starting_factors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Self
+
+    from tunerkit.rows import Groups
     from tunerkit.sites import Below, EmbeddingSite, Site
     from tunerkit_lora.config import LoraConfig
 
@@ -53,6 +59,11 @@ class LoraEmbedding(LowRankAdapter):
         if not base.only_looks_up:
             return super().forward(x, below)
         return self.added(below(x), x, base)
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Self], x: Tensor, below: Below, groups: Groups) -> Tensor:
+        """Return the inherited result without stacking factors that are as long as the vocabulary."""
+        return run_each(adapters, x, below, groups)  # type: ignore[no-any-return]
 
     def added(self, y: Tensor, x: Tensor, base: Site, gain: Tensor | None = None) -> Tensor:
         """Return an output of the layer with the update added; see `LowRankAdapter.added`."""

@@ -34,10 +34,9 @@ def starting_factors(site: Site, rank: int, config: LoraConfig) -> tuple[Tensor,
         tokens, width = site.weight.shape
         first = site.zeros(rank, tokens) if init else site.normal(rank, tokens)
         return first, site.normal(width, rank)
-    groups: int = getattr(site, "groups", 1)
-    shape = rank, site.in_features * groups
+    shape = rank, site.in_features * site.groups
     first = site.normal(*shape, std=1 / rank) if init == "gaussian" else site.kaiming_uniform(*shape)
-    shape = site.out_features, rank // groups
+    shape = site.out_features, rank // site.groups
     return first, site.zeros(*shape) if init else site.kaiming_uniform(*shape)
 
 
@@ -47,5 +46,4 @@ def starting_bias(site: Site, rank: int, config: LoraConfig) -> Tensor | None:
         return None
     if config.init_lora_weights:
         return site.zeros(site.out_features)
-    groups: int = getattr(site, "groups", 1)
-    return site.uniform(site.out_features, bound=1 / math.sqrt(rank // groups))
+    return site.uniform(site.out_features, bound=1 / math.sqrt(rank // site.groups))

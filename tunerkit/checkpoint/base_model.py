@@ -1,0 +1,65 @@
+"""What an adapter's checkpoint may hold of the base model itself: biases that it trains, embeddings saved beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunerkit.checkpoint.state import Piece
+from tunerkit.layer import BaseTunerLayer, tuner_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+
+class BasePiece(Piece):
+    """Tensors of a module of the base model; their names hold no adapter's."""
+
+    def named(self, local: str) -> str:
+        """Return a tensor's name below its module: the same."""
+        return local
+
+
+def base_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Go through the modules of the base model: path in a checkpoint of an adapter, module, whether it adapts it.
+
+    Only layers of the adapter itself are in the path: a checkpoint is the same whatever other adapters are there.
+    Modules of which the adapter has a copy are left out: the copy is trained and saved as a whole.
+    """
+    return _walk(model, "", name, adapted=False)
+
+
+def _walk(module: nn.Module, path: str, name: str, *, adapted: bool) -> Iterator[tuple[str, nn.Module, bool]]:
+    if isinstance(module, BaseTunerLayer):
+        here = name in module.available_adapters
+        if not (here and module.replaces):
+            below = f"{path}.{module.base_name}".lstrip(".") if here else path
+            yield from _walk(getattr(module, module.base_name), below, name, adapted=adapted or here)
+        return
+    yield path, module, adapted
+    for child_name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{path}.{child_name}".lstrip("."), name, adapted=False)
+
+
+def file_path(path: str, prefix: str) -> str:
+    """Return a module's path as it stands in a checkpoint's keys."""
+    return f"{prefix}{path}.".replace("_orig_mod.", "").removesuffix(".")
+
+
+def repeated_keys(model: nn.Module, name: str, prefix: str) -> set[str]:
+    """Return the keys under which PEFT's files may hold tensors of copied modules beside those of the copy itself.
+
+    Args:
+        model: The base model with the layers.
+        name: The adapter's name.
+        prefix: What stands before the layers' paths in keys.
+    """
+    return {
+        f"{file_path(path, prefix)}.{child}.{key}"
+        for path, layer in tuner_layers(model)
+        if layer.replaces and name in layer.available_adapters
+        for key in layer.adapter_tensors(name)
+        for child in (layer.base_name, *layer.adapter_layer_names)
+    }

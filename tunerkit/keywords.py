@@ -1,0 +1,88 @@
+"""Keyword arguments that scripts pass because PEFT takes them, and that ask nothing of a folder on this machine."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from tunerkit.errors import KeywordError, KeywordWarning
+from tunerkit.naming import closest, listing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+# fmt: off
+HUB_KEYWORDS = frozenset({
+    "cache_dir", "endpoint", "etag_timeout", "force_download", "headers", "local_dir", "local_dir_use_symlinks",
+    "local_files_only", "proxies", "repo_type", "resume_download", "revision", "token", "use_auth_token", "user_agent",
+})
+"""Where and how a download would go: nothing is downloaded, so they are taken and say nothing."""
+
+_SAVING = frozenset({
+    "commit_message", "create_pr", "max_shard_size", "private", "repo_id", "save_function", "tags", "variant",
+})
+# fmt: on
+"""What PEFT's `save_pretrained` takes and does not read either."""
+
+_DTYPE = "a checkpoint has no say in the base model's dtype: set it where the base model is loaded."
+_PLACE = "the adapter goes where its layers are: place the base model where it is loaded."
+_NO_EFFECT = {
+    "torch_dtype": _DTYPE,
+    "dtype": _DTYPE,
+    "device_map": _PLACE,
+    "max_memory": _PLACE,
+    "offload_folder": _PLACE,
+    "offload_dir": _PLACE,
+    "offload_index": _PLACE,
+}
+
+
+def check_loading(call: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> None:
+    """Look at the keyword arguments of a call that loads, beyond those it has itself.
+
+    Args:
+        call: The name of the call, for messages.
+        given: The keyword arguments.
+        known: The names of those it has itself.
+
+    Raises:
+        KeywordError: One asks for something that is not done here, or is unknown.
+
+    Warns:
+        KeywordWarning: One asks for something that belongs where the base model is loaded.
+    """
+    for name, value in given.items():
+        if name in _NO_EFFECT and value is not None:
+            msg = f"{call}({name}={value!r}) has no effect, as {_NO_EFFECT[name]}"
+            warnings.warn(KeywordWarning(msg), stacklevel=3)
+    if given.get("use_safetensors") is False:
+        msg = f"{call}(use_safetensors=False) asks for a pickle, which can run code: only safetensors are read."
+        raise KeywordError(msg)
+    taken = {*HUB_KEYWORDS, *_NO_EFFECT, "use_safetensors"}
+    _refuse_unknown(call, [name for name in given if name not in taken], known)
+
+
+def check_saving(call: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> None:
+    """Look at the keyword arguments of a call that saves, beyond those it has itself.
+
+    Args:
+        call: The name of the call, for messages.
+        given: The keyword arguments.
+        known: The names of those it has itself.
+
+    Raises:
+        KeywordError: One asks for something that is not done here, or is unknown.
+    """
+    if given.get("push_to_hub"):
+        msg = f"{call}(push_to_hub=True) is not supported by this version. Save, then upload the folder."
+        raise KeywordError(msg)
+    taken = {*HUB_KEYWORDS, *_SAVING, "push_to_hub"}
+    _refuse_unknown(call, [name for name in given if name not in taken], known)
+
+
+def _refuse_unknown(call: str, unknown: list[str], known: Iterable[str]) -> None:
+    if unknown:
+        near = closest(unknown[0], known)
+        hint = f" Closest to {unknown[0]!r}: {listing(near)}." if near else ""
+        msg = f"{call} has no keyword argument {listing(unknown)}.{hint} Leave it out."
+        raise KeywordError(msg)

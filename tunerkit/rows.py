@@ -1,0 +1,238 @@
+"""`Rows`: which adapter each row of a batch uses; and running parts of a batch by themselves.
+
+Names are sorted into groups once per call. What is computed with them depends on the names and on how many rows each
+has; which row is whose is in two tensors, so that a compiled graph serves every batch with the same counts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tunerkit.errors import RouteError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Mapping, Sequence
+
+BASE = "__base__"
+"""Stands for the base model where each row has the name of its adapter (PEFT's word)."""
+
+
+class Groups:
+    """The rows of one batch, sorted by adapter.
+
+    A row's place in the sorted batch is called its slot: the first adapter's rows have the first slots.
+
+    Attributes:
+        names: The adapters, each once, sorted.
+        sizes: How many rows each has.
+        order: The row in each slot.
+        slot_of: The slot of each row.
+    """
+
+    __slots__ = ("_on_device", "_parts", "names", "order", "sizes", "slot_of")
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], order: Tensor, slot_of: Tensor) -> None:
+        self.names = tuple(names)
+        self.sizes = tuple(sizes)
+        self.order = order
+        self.slot_of = slot_of
+        self._on_device: dict[tuple[Any, ...], Tensor] = {}
+        self._parts: dict[tuple[int, ...], Groups] = {}
+
+    @classmethod
+    def of(cls, by_row: Sequence[str]) -> Groups:
+        """Sort the rows of a batch, given the name of each row's adapter."""
+        names = sorted(set(by_row))
+        order = sorted(range(len(by_row)), key=lambda row: (by_row[row], row))
+        slot_of = sorted(range(len(order)), key=order.__getitem__)
+        return cls(names, [by_row.count(name) for name in names], _whole(order), _whole(slot_of))
+
+    def only(self, positions: Sequence[int]) -> Groups:
+        """Return the groups at these positions as a batch of their own, already sorted."""
+        key = tuple(positions)
+        if key in self._parts and not torch.compiler.is_compiling():
+            return self._parts[key]
+        sizes = [self.sizes[position] for position in positions]
+        order = _whole(range(sum(sizes)))
+        part = Groups([self.names[position] for position in positions], sizes, order, order)
+        if not torch.compiler.is_compiling():
+            self._parts[key] = part
+        return part
+
+    def rows(self, positions: Sequence[int], device: torch.device, size: int = 0) -> Tensor:
+        """Return which rows these groups have.
+
+        Args:
+            positions: Which groups, by position.
+            device: Where the result is to be.
+            size: To how many rows each group is filled up, by repeating its last; 0 leaves each as it is.
+        """
+        return self._kept(("rows", *positions, device, size), device, lambda: self.order[self._slots(positions, size)])
+
+    def position_of_rows(self, device: torch.device) -> Tensor:
+        """Return for each row the position of its group."""
+        positions = [position for position, size in enumerate(self.sizes) for _ in range(size)]
+        return self._kept(("positions", device), device, lambda: _whole(positions)[self.slot_of])
+
+    def join(self, parts: Sequence[Sequence[int]], sizes: Sequence[int], outputs: Sequence[Any]) -> Any:
+        """Put the outputs of parts of the batch together, in the order of the rows.
+
+        Args:
+            parts: The groups of each part, by position, every group in one part.
+            sizes: To how many rows the groups of each part were filled up, as in `rows`.
+            outputs: What each part put out: tensors with its rows, or equal structures of them.
+
+        Raises:
+            RouteError: Something else was put out.
+        """
+        first = outputs[0]
+        if isinstance(first, (tuple, list)):
+            return type(first)(self.join(parts, sizes, items) for items in zip(*outputs, strict=True))
+        if not isinstance(first, Tensor):
+            if all(output is None for output in outputs):
+                return None
+            msg = f"Rows cannot have adapters of their own where a layer puts out a {type(first).__name__}."
+            raise RouteError(msg)
+        key = ("join", *(tuple(part) for part in parts), *sizes, first.device)
+        places = self._kept(key, first.device, lambda: _whole(self._places(parts, sizes))[self.slot_of])
+        return torch.cat(list(outputs)).index_select(0, places)
+
+    def _slots(self, positions: Sequence[int], size: int) -> list[int]:
+        starts = self._starts()
+        return [
+            starts[position] + min(row, self.sizes[position] - 1)
+            for position in positions
+            for row in range(size or self.sizes[position])
+        ]
+
+    def _places(self, parts: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[int]:
+        """Return for each slot where its row is in the outputs of the parts, one after the other."""
+        places, starts, end = [0] * sum(self.sizes), self._starts(), 0
+        for part, size in zip(parts, sizes, strict=True):
+            for position in part:
+                for row in range(self.sizes[position]):
+                    places[starts[position] + row] = end + row
+                end += size or self.sizes[position]
+        return places
+
+    def _starts(self) -> list[int]:
+        return [sum(self.sizes[:position]) for position in range(len(self.sizes))]
+
+    def _kept(self, key: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """Return an index that all layers of a call need alike, made once for each device."""
+        if torch.compiler.is_compiling():  # what is made while a graph is traced belongs to the graph
+            return make().to(device)
+        if key not in self._on_device:
+            with torch.inference_mode(False):  # noqa: FBT003 - the compiler takes no keyword
+                self._on_device[key] = make().to(device)
+        return self._on_device[key]
+
+
+class Rows:
+    """Which adapter each row of the batches of a call uses.
+
+    Attributes:
+        by_row: The name for each row of the call's batch; `"__base__"` is the base model.
+        names: The same, each once, sorted.
+        repeats: How often a row may stand in a layer's input, one after the other: as many beams as `generate` follows.
+    """
+
+    __slots__ = ("_groups", "by_row", "names", "repeats")
+
+    def __init__(self, by_row: Sequence[str], repeats: int = 1) -> None:
+        self.by_row = tuple(by_row)
+        self.repeats = repeats
+        # The encoder of an encoder-decoder model runs before rows are repeated, its decoder after that.
+        self._groups = {
+            len(self.by_row) * times: Groups.of([name for name in self.by_row for _ in range(times)])
+            for times in {1, repeats}
+        }
+        self.names = self._groups[len(self.by_row)].names
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and (self.by_row, self.repeats) == (other.by_row, other.repeats)
+
+    def __hash__(self) -> int:
+        return hash((self.by_row, self.repeats))
+
+    def __repr__(self) -> str:
+        return f"Rows({list(self.by_row)}, repeats={self.repeats})"
+
+    def groups(self, x: Any, layer: str) -> Groups:
+        """Return the groups of a layer's input.
+
+        Args:
+            x: The input, rows x ...
+            layer: The layer, for the message.
+
+        Raises:
+            RouteError: The first dimension of the input is not the rows.
+        """
+        found = self._groups.get(x.shape[0]) if isinstance(x, Tensor) and x.dim() else None
+        if found is not None:
+            return found
+        shape = f"an input of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        counts = " or ".join(str(count) for count in sorted(self._groups))
+        msg = (
+            f"Each row of the batch has an adapter of its own, {len(self.by_row)} in all, and the layer {layer!r} got "
+            f"{shape}, where the first dimension must be the rows: {counts}. If the model changes the batch on the "
+            "way, call it once for each adapter, within use_adapter(name)."
+        )
+        raise RouteError(msg)
+
+    def none_of(self, adapters: Container[str], layer: str) -> tuple[str, ...]:
+        """Return that no adapter takes part where a layer's parameters are read, which is so for all rows alike.
+
+        Raises:
+            RouteError: One of these adapters, which the layer has, is some row's.
+        """
+        here = next((name for name in self.names if name in adapters), None)
+        if here is not None:
+            msg = (
+                f"Each row of the batch has an adapter of its own, and the parameters of the layer {layer!r} are read "
+                f"for the whole batch, with {here!r} among the adapters. Call the model once for each adapter, within "
+                "use_adapter(name)."
+            )
+            raise RouteError(msg)
+        return ()
+
+
+def only_input(layer: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise `RouteError` if a layer takes tensors beside its input, of which it is not known whose rows they hold."""
+    if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+        msg = (
+            f"Each row of the batch has an adapter of its own, and the layer {layer!r} takes other tensors beside its "
+            "input, of which it is not known what belongs to which row. Call the model once for each adapter, within "
+            "use_adapter(name)."
+        )
+        raise RouteError(msg)
+
+
+def split_rows(x: Tensor, groups: Groups, run: Callable[[str, Tensor], Any]) -> Any:
+    """Run something for the rows of each adapter by themselves, and return the outputs in the order of the rows.
+
+    Args:
+        x: A batch, rows x ...
+        groups: Its rows by adapter: `Rows.groups(x, layer)`.
+        run: Takes an adapter's name and its rows of `x`; returns a tensor with as many rows, or a tuple of such.
+
+    Raises:
+        RouteError: `run` returned something else.
+    """
+    if len(groups.names) == 1:
+        return run(groups.names[0], x)
+    parts = [(position,) for position in range(len(groups.names))]
+    outputs = [
+        run(name, x.index_select(0, groups.rows(part, x.device)))
+        for name, part in zip(groups.names, parts, strict=True)
+    ]
+    return groups.join(parts, [0] * len(parts), outputs)
+
+
+def _whole(numbers: Sequence[int]) -> Tensor:
+    # On the CPU also within a `with torch.device(...)` block, and fit for a backward.
+    with torch.inference_mode(False):  # noqa: FBT003 - the compiler takes no keyword
+        return torch.tensor(list(numbers), dtype=torch.long, device="cpu")
