@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from tunerkit.errors import MergeError, MergeWarning
 from tunerkit.folding import fold, merge_order
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.model_config import embedding_layers
 from tunerkit.naming import listing
 from tunerkit.targeting import places
 
@@ -175,10 +176,9 @@ def check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
 def _untie(model: nn.Module) -> None:
     """Tell a transformers model that its embeddings are not tied any more, if merging into one made them differ."""
     config = getattr(model, "config", None)
-    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
-    if not getattr(config, "tie_word_embeddings", False) or not all(callable(getter) for getter in getters):
+    if not getattr(config, "tie_word_embeddings", False):
         return
-    embeddings: list[Any] = [getter() for getter in getters]  # type: ignore[misc]
+    embeddings = embedding_layers(model)
     weights = [None if module is None else getattr(module, "weight", None) for module in embeddings]
     if all(weight is not None for weight in weights) and weights[0] is not weights[1]:
         config.tie_word_embeddings = False  # type: ignore[union-attr]
