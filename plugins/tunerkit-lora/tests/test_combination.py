@@ -265,6 +265,14 @@ def test_grouped_convolutions_have_no_product_to_combine():
     assert list(model.peft_config) == ["one", "two", "new"]
 
 
+def test_dora_is_refused():
+    model = tunerkit.get_peft_model(base(), config(use_dora=True), "one")
+    before = Snapshot.of(model)
+    with pytest.raises(CombinationError, match=r"'one' learns magnitudes \(use_dora=True\).*Merge it instead"):
+        model.add_weighted_adapter(["one"], [1], "new")
+    assert before.differences(model) == []
+
+
 def test_adapters_of_another_kind_are_named():
     ia3 = pytest.importorskip("tunerkit_ia3", reason="a second method to mix with: tunerkit-ia3")
     model = tunerkit.get_peft_model(base(), config(targets=["last"]), "one")
