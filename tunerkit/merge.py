@@ -16,7 +16,7 @@ from tunerkit.folding import fold, merge_order
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, tuner_layers
 from tunerkit.naming import listing
-from tunerkit.targeting import places
+from tunerkit.targeting import bare, places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -188,8 +188,10 @@ def _untie(model: nn.Module, trainable: list[nn.Parameter]) -> None:
     weights = [None if module is None else getattr(module, "weight", None) for module in embeddings]
     first, second = weights
     if first is not None and second is not None and first is not second:
-        if first.device == second.device and torch.equal(first, second):
-            embeddings[1].weight = first
+        holder = bare(embeddings[1])._parameters
+        same = first.device == second.device and torch.equal(first, second)
+        if same and holder.get("weight") is second:
+            holder["weight"] = first
             trainable[:] = [parameter for parameter in trainable if parameter is not second]
             return
         config.tie_word_embeddings = False  # type: ignore[union-attr]

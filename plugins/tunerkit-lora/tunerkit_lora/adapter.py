@@ -92,7 +92,8 @@ class LoraAdapter(LowRankAdapter):
         first, second = self.pair()
         if gain is not None:
             weight: Tensor = second.weight  # type: ignore[assignment]
-            second = twin(second, weight=gain.reshape(-1, *(1 for _ in weight.shape[1:])) * weight)
+            grown = gain.reshape(-1, *(1 for _ in weight.shape[1:])) * weight
+            second = twin(second, weight=grown.t() if self.tied else grown)
         return add_low_rank(y, x, first, second, self.scaling)
 
     @classmethod
