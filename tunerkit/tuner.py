@@ -16,6 +16,7 @@ from tunerkit.errors import (
     ConfigError,
     ConfigWarning,
     TargetWarning,
+    TyingWarning,
     UnknownAdapterError,
     UnknownMethodError,
 )
@@ -213,6 +214,8 @@ class BaseTuner(HookCalls, RoutedModel):
                 warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=2)
             for sentence in plan.corrections:
                 warnings.warn(ConfigWarning(f"{sentence}; it was corrected in the completed config."), stacklevel=2)
+            for sentence in plan.ties:
+                warnings.warn(TyingWarning(sentence), stacklevel=2)
 
     def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool) -> Part | None:
         declared = _declared(face, plan.config)
