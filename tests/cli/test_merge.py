@@ -12,6 +12,8 @@ from tunerkit import cli, get_peft_model
 from tunerkit.offline import skeleton
 from tunerkit_lora import LoraConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore::tunerkit.errors.TyingWarning")
+
 
 @pytest.fixture
 def run(monkeypatch):
