@@ -48,4 +48,6 @@ def remarks_on_ties(groups: list[Shared], changed: Collection[int], *, tied: boo
         f"{listing(key for key, _, _, _ in group)} share a weight, which training only one of them, or each by itself, "
         "makes differ. Set ensure_weight_tying=True to tie what is trained too."
         for group in met
+        # Others share one on purpose: layers that are repeated, each with an adapter of its own.
+        if isinstance(bare(group[0][1]), nn.Embedding)
     ]
