@@ -199,7 +199,12 @@ class BaseTuner(HookCalls, RoutedModel):
                 via_hook=not overrides_hooks(type(face)),
                 meta=low_cpu_mem_usage,
             )
+            # Copies are of the base model's own, without the biases that another adapter trains.
+            shown = self.biases.shown
+            self.biases.note(journal)
+            self.biases.show(trained=False)
             layers += put_copies(plan.copies, adapter_name, self.owner, journal, tied=tied_copies(plan.config))
+            self.biases.show(trained=shown)
             if which is not None:
                 self.biases = Biases(adapter_name, which, model)
             self.peft_config[adapter_name] = plan.config

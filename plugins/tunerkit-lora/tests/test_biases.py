@@ -500,3 +500,15 @@ def test_a_failure_on_the_way_leaves_all_as_it_was(base, inputs, monkeypatch):
         assert before.differences(model) == []
         assert torch.equal(run(model, inputs), output)
         assert model.base_model.biases.shown
+
+
+def test_a_copied_module_has_the_bases_own_biases():
+    base = Model()
+    own = base.high.bias.detach().clone()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["low"], bias="all"), "one")
+    with torch.no_grad():
+        model.get_base_model().high.bias.add_(1)
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["low"], modules_to_save=["high"]))
+    high = model.get_base_model().high
+    assert torch.equal(high.modules_to_save["two"].bias, own)
+    assert torch.equal(high.original_module.bias, own + 1)

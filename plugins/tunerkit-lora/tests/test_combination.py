@@ -325,3 +325,16 @@ def test_modules_that_two_of_them_train_whole_are_not_combined():
     with pytest.raises(CombinationError, match="'one', 'two' each hold a ModulesToSaveWrapper of their own at 'last'"):
         model.add_weighted_adapter(["one", "two"], [1, 1], "new")
     assert before.differences(model) == []
+
+
+def test_the_output_projection_of_an_attention_layer_is_combined_with_its_own_scale():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0, batch_first=True).eval()
+    model = tunerkit.get_peft_model(layer, LoraConfig(r=2, target_modules=["self_attn"]), "one").eval()
+    fill(model)
+    x = {"src": torch.randn(2, 3, 8)}
+    expected = run(model, x)
+    for kind in ("linear", "cat"):
+        model.add_weighted_adapter(["one", "one"], [0.25, 0.75], kind, "cat")
+        model.set_adapter(kind)
+        assert_close(run(model, x), expected)
