@@ -138,9 +138,9 @@ class TestSettings:
             ("r", 0, "LoraConfig.r must be above 0; it is 0."),
             ("lora_dropout", 2, "LoraConfig.lora_dropout must be at most 1; it is 2."),
             (
-                "use_dora",
+                "use_qalora",
                 True,
-                "LoraConfig.use_dora=True is not supported by this version; only its default, False, is.",
+                "LoraConfig.use_qalora=True is not supported by this version; only its default, False, is.",
             ),
             ("task_type", "CHAT", "task_type='CHAT' is not a task; possible are 'SEQ_CLS'"),
         ],
@@ -150,9 +150,9 @@ class TestSettings:
             LoraConfig(**{setting: value})
         model, _, load = given
         edit(folder, **{setting: value})
-        if setting == "use_dora":
+        if setting == "use_qalora":
             words = (
-                "LoraConfig.use_dora=True is not built in this version, so a checkpoint that was made with it cannot "
+                "LoraConfig.use_qalora=True is not built in this version, so a checkpoint that was made with it cannot "
                 "be loaded yet."
             )
         assert refusal(model, load, folder, error=ConfigError).startswith(words)

@@ -434,8 +434,8 @@ class TestSettings:
         ("name", "value", "words"),
         [
             ("r", 0, "LoraConfig.r must be above 0; it is 0."),
-            ("use_dora", True, "LoraConfig.use_dora=True is not supported by this version"),
-            ("init_lora_weights", "pissa", "LoraConfig.init_lora_weights='pissa' is not supported by this version"),
+            ("use_qalora", True, "LoraConfig.use_qalora=True is not supported by this version"),
+            ("init_lora_weights", "corda", "LoraConfig.init_lora_weights='corda' is not supported: CorDA"),
         ],
     )
     def test_set_after_the_config_was_made(self, model, name, value, words):

@@ -16,6 +16,7 @@ from tunerkit.layer import BaseTunerLayer, MethodMeta, tuner_layers
 from tunerkit.model_config import config_dict, config_of
 from tunerkit.names import withdraw
 from tunerkit.naming import closest, given_names, listing
+from tunerkit.replication import Replication
 from tunerkit.route import Owner
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         disabled: Whether all adapters are switched off.
         parts: What adapters have once per model, by adapter name.
         biases: The base model's biases that an adapter trains, if one does.
+        replication: The base model's layers that are repeated, if any are.
         owner: Stands for this model in its layers and in routes.
     """
 
@@ -49,6 +51,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     disabled: bool
     parts: dict[str, Part]
     biases: Biases
+    replication: Replication
     owner: Owner
     _were_trainable: list[nn.Parameter]
     _trained_parts: list[nn.Parameter]
@@ -65,6 +68,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             training=model.training,
             parts={},
             biases=Biases(),
+            replication=Replication(),
             owner=owners[0] if owners else Owner(),
             peft_config=model.__dict__.get("peft_config", {}),
             active_adapter=layers[0].active_adapters if layers else [],
@@ -260,7 +264,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         """Take all adapters out and return the base model as it was, also in what trains."""
         with Journal():  # the two calls write their notes into this one, so that both are undone
             self.unmerge_adapter()
-            return self._take_apart(keep_biases=False)
+            return self._take_apart(keep=False)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -280,7 +284,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         """
         names = self._to_merge(adapter_names, for_good=True)
         merge.merge_for_good(self.model, names, self._were_trainable, safe=safe_merge, progressbar=progressbar)
-        return self._take_apart(keep_biases=True)
+        return self._take_apart(keep=True)
 
     def _to_merge(self, adapter_names: object, *, for_good: bool) -> list[str]:
         names: object = self.active_adapters if adapter_names is None else adapter_names
@@ -302,13 +306,17 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         self._set_beside(self.biases.name, trains=False)
         self.biases = Biases()
 
-    def _take_apart(self, *, keep_biases: bool) -> nn.Module:
+    def _take_apart(self, *, keep: bool) -> nn.Module:
+        """Take all adapters out; keep trained biases and repeated layers, or put back what the base model had."""
         with Journal() as journal:
             journal.note_module(self.model)
             journal.note_module(self)
-            self._give_up_biases(journal, keep=keep_biases)
+            self._give_up_biases(journal, keep=keep)
             journal.note_flags(self._were_trainable)
             merge.unwrap(self.model, journal)
+            if not keep:
+                self.replication.undo(journal)
+            self.replication = Replication()
             for parameter in self._were_trainable:
                 parameter.requires_grad_()
             self.model.__dict__.pop("peft_config", None)

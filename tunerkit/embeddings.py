@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,13 +14,11 @@ from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.checkpoint.base_model import BasePiece, base_modules, file_path
 from tunerkit.errors import AdapterStateError, ConfigError, SaveWarning
 from tunerkit.layer import BaseTunerLayer, tuner_layers
-from tunerkit.model_config import config_of
+from tunerkit.model_config import config_of, embedding_layers
 from tunerkit.naming import listing
 from tunerkit.targeting import bare, places, wants_all_linear
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from tunerkit.checkpoint.state import Piece
@@ -107,9 +105,7 @@ def _own(model: nn.Module, module: nn.Module) -> dict[str, Tensor]:
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
-    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    found: Iterator[Any] = (getter() for getter in getters if callable(getter))
-    return [layer for layer in found if isinstance(layer, nn.Module)]
+    return [layer for layer in embedding_layers(model) if isinstance(layer, nn.Module)]
 
 
 def _are_targeted(model: nn.Module, config: PeftConfig) -> bool:

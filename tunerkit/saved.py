@@ -81,7 +81,8 @@ class SavedAdapter:
     def _check_no_meta(self, model: nn.Module, name: str, report: LoadReport) -> None:
         tuner = find_tuner(model)
         layers = [layer for layer in tuner.layers() if isinstance(layer, AdaptedLayer)] if tuner is not None else []
-        holders = [layer.adapters[name] for layer in layers if name in layer.available_adapters]
+        adapted = [layer for layer in layers if name in layer.available_adapters]
+        holders = [layer.adapters[name] for layer in adapted]
         parts = [tuner.parts[name]] if tuner is not None and name in tuner.parts else []
         for holder in (*holders, *parts):
             for key, tensor in (*holder.named_parameters(), *holder.named_buffers()):
@@ -89,6 +90,12 @@ class SavedAdapter:
                     msg = (
                         f"{self.source} lacks {listing(report.missing_keys, 4)}, and with low_cpu_mem_usage=True there "
                         "are no initial values to keep. Leave low_cpu_mem_usage out."
+                    )
+                    raise CheckpointError(msg)
+                if tensor.is_meta and any(layer.site.device.type == "meta" for layer in adapted):
+                    msg = (
+                        f"{type(holder).__name__} derives {key!r} from the layer's weight, and the base model is on "
+                        "the meta device. Load the base model's weights first."
                     )
                     raise CheckpointError(msg)
                 if tensor.is_meta:

@@ -16,6 +16,7 @@ from tunerkit.errors import (
     ConfigError,
     ConfigWarning,
     TargetWarning,
+    TyingWarning,
     UnknownAdapterError,
     UnknownMethodError,
 )
@@ -26,6 +27,7 @@ from tunerkit.modules_to_save import put_copies, tied_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
 from tunerkit.plan import Plan, make_plan
+from tunerkit.replication import Replication, wanted_ranges
 from tunerkit.routed_model import RoutedModel
 
 if TYPE_CHECKING:
@@ -133,7 +135,10 @@ class BaseTuner(HookCalls, RoutedModel):
         declared = _declared(face, config)
         entries, kinds = (declared.entries, declared.kinds) if declared is not None else ((), frozenset())
         model_config = self.get_model_config(self.model)
-        return make_plan(self.model, config, face, model_config, state_dict, entries, face.prefix, kinds)
+        ranges = wanted_ranges(config)
+        repeats = self.replication.repeats_more(ranges, self.model)
+        model = Replication(self.model, ranges).preview(self.model) if repeats else self.model
+        return make_plan(model, config, face, model_config, state_dict, entries, face.prefix, kinds)
 
     def inject_adapter(
         self,
@@ -174,10 +179,13 @@ class BaseTuner(HookCalls, RoutedModel):
         which = trained_biases(config)
         if which is not None:
             self.biases.check_free()
-        plan = self.plan(config, state_dict)
         with Journal() as journal:
             journal.note_module(self)
             journal.note_module(model)
+            if self.replication.repeats_more(wanted_ranges(config), model):
+                self.replication = Replication(model, wanted_ranges(config))
+                self.replication.apply(journal)
+            plan = self.plan(config, state_dict)
             face = self._face_for(config)
             part = self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage)
             layers = attach(
@@ -191,7 +199,12 @@ class BaseTuner(HookCalls, RoutedModel):
                 via_hook=not overrides_hooks(type(face)),
                 meta=low_cpu_mem_usage,
             )
+            # Copies are of the base model's own, without the biases that another adapter trains.
+            shown = self.biases.shown
+            self.biases.note(journal)
+            self.biases.show(trained=False)
             layers += put_copies(plan.copies, adapter_name, self.owner, journal, tied=tied_copies(plan.config))
+            self.biases.show(trained=shown)
             if which is not None:
                 self.biases = Biases(adapter_name, which, model)
             self.peft_config[adapter_name] = plan.config
@@ -206,6 +219,8 @@ class BaseTuner(HookCalls, RoutedModel):
                 warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=2)
             for sentence in plan.corrections:
                 warnings.warn(ConfigWarning(f"{sentence}; it was corrected in the completed config."), stacklevel=2)
+            for sentence in plan.ties:
+                warnings.warn(TyingWarning(sentence), stacklevel=2)
 
     def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool) -> Part | None:
         declared = _declared(face, plan.config)
@@ -279,6 +294,8 @@ class BaseTuner(HookCalls, RoutedModel):
                 withdraw(self, self.parts)  # type: ignore[arg-type]
             if not self.peft_config:
                 self.model.__dict__.pop("peft_config", None)
+                self.replication.undo(journal)
+                self.replication = Replication()
             if declared_method(type(self)) not in (None, *self.methods):
                 # Python does not ask a class about an object that is of exactly that class.
                 journal.note(object.__setattr__, self, "__class__", type(self))

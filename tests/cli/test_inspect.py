@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import registered, shared, tuner_by_hand
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -300,3 +300,52 @@ def test_help(run):
     output = run("--help").output
     assert "  1  it does not fit the model\n" in output
     assert "pip install 'tunerkit[merge]'" in " ".join(output.split())
+
+
+class TestWholeModules:
+    @pytest.fixture
+    def whole(self, tmp_path):
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+        get_peft_model(llama(), config).save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    def cut(self, folder, what):
+        path = folder / "adapter_model.safetensors"
+        save_file({key: tensor for key, tensor in load_file(path).items() if what not in key}, path)
+
+    def test_found(self, run, whole, base):
+        result = run(whole, "--base", base, "--json")
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        assert {"module": "lm_head", "holds": ["weight"], "count": 1, "replaces": True} in found["adapted"]
+        assert {"path": "lm_head", "status": "found", "note": ""} in found["base"]["targets"]
+        assert (found["base"]["lacking"], found["base"]["doubt"]) == ([], "")
+
+    def test_lost(self, run, whole, base):
+        self.cut(whole, "lm_head")
+        result = run(whole, "--base", base)
+        assert result.exit_code == 1
+        assert ["lm_head", "incomplete", "1"] in words(result.stdout)
+        assert "  lm_head: The checkpoint lacks 'lm_head.weight'." in result.stdout
+
+    def test_another_size(self, run, whole, tmp_path):
+        llama(vocab_size=32).save_pretrained(tmp_path / "other")
+        result = run(whole, "--base", tmp_path / "other")
+        assert result.exit_code == 1
+        assert ["lm_head", "shape", "mismatch", "1"] in words(result.stdout)
+
+    def test_a_module_that_the_config_means_and_the_file_lacks(self, run, whole, base):
+        self.cut(whole, "1.self_attn.v_proj")
+        result = run(whole, "--base", base)
+        assert result.exit_code == 0
+        assert "means 1 more modules of this model" in result.stdout
+        assert "'model.layers.1.self_attn.v_proj'" in result.stdout
+        found = json.loads(run(whole, "--base", base, "--json").stdout)
+        assert found["base"]["lacking"] == ["model.layers.1.self_attn.v_proj"]
+
+
+def test_a_start_that_needs_the_weight_needs_none_here(run, tmp_path, base):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    get_peft_model(llama(), config).save_pretrained(tmp_path / "adapter")
+    result = run(tmp_path / "adapter", "--base", base)
+    assert result.exit_code == 0, result.output

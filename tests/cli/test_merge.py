@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from tunerkit import cli, get_peft_model
+from tunerkit.errors import CheckpointError
 from tunerkit.offline import skeleton
 from tunerkit_lora import LoraConfig
+
+# One side of a tie is what is merged here.
+pytestmark = pytest.mark.filterwarnings("ignore::tunerkit.errors.TyingWarning")
 
 
 @pytest.fixture
@@ -33,7 +39,7 @@ def folders(tmp_path):
     (tmp_path / "base" / "model.onnx").touch()
     peft = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
     torch.nn.init.normal_(peft.base_model.model.lm_head.lora_B["default"].weight)
-    peft.save_pretrained(tmp_path / "adapter")
+    peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     return ["--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out"]
 
 
@@ -57,7 +63,8 @@ def test_json(run, folders, tmp_path):
     report = json.loads(result.stdout)
     assert result.exit_code == 0
     assert list(report) == [
-        "base", "adapter", "out", "method", "model", "merged", "untouched", "untied", "bytes", "left_out", "seconds",
+        "base", "adapter", "out", "method", "model", "merged", "replaced", "untouched", "untied",
+        "lacking", "bytes", "left_out", "seconds",
     ]  # fmt: skip
     assert report["merged"] == report["untied"] == ["lm_head.weight"]
     assert report["out"] == str(tmp_path / "out")
@@ -102,3 +109,30 @@ def test_help(run):
     assert "Usage: tunerkit merge [OPTIONS]" in output
     assert "The new folder appears whole or not at all." in output
     assert "pip install 'tunerkit[merge]'" in output
+
+
+@pytest.mark.filterwarnings("default::tunerkit.errors.LoadWarning")
+def test_modules_trained_as_a_whole_and_what_is_lacking(run, folders, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["norm"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(path).items() if "v_proj" not in key}, path)
+    result = run(*folders)
+    assert result.exit_code == 0, result.output
+    assert "  1 tensors merged, 1 replaced, 9 untouched\n" in result.stdout
+    assert result.stderr.startswith(
+        f"Warning: The adapter in '{tmp_path / 'adapter'}': The config means 1 more modules"
+    )
+
+
+def test_warnings_of_others_are_shown_as_ever(run, folders, monkeypatch):
+    from tunerkit.offline import merging
+
+    def warn(*_, **__):
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        raise CheckpointError("the end")
+
+    monkeypatch.setattr(merging, "merge_folder", warn)
+    with pytest.warns(UserWarning, match="something else"):
+        assert run(*folders).exit_code == 1

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from merged_folders import move
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from tunerkit import get_peft_model
+from tunerkit.errors import TyingWarning
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -20,6 +23,10 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 def quiet():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        # Adapters for one side of a tie are what is merged here.
+        warnings.simplefilter("ignore", TyingWarning)
+        yield
 
 
 @pytest.fixture
@@ -59,22 +66,15 @@ def saved(tmp_path):
 def adapted(tmp_path, ids):
     """Put a moved adapter onto a model, save it, and return its folder and the model's output with it."""
 
-    def adapt(model, config, name="adapter"):
+    def adapt(model, config, name="adapter", *, embeddings=False):
         torch.manual_seed(3)
         with torch.no_grad():
             before = model(input_ids=ids)[0]
             peft = get_peft_model(model, config).eval()
             move(peft)
             after = peft(input_ids=ids)[0]
-        peft.save_pretrained(tmp_path / name)
+        peft.save_pretrained(tmp_path / name, save_embedding_layers=embeddings)
         assert (before - after).abs().max() > 1e-3
         return tmp_path / name, peft
 
     return adapt
-
-
-def move(peft, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in peft.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)

@@ -27,30 +27,33 @@ def layer_of(config, *, bias=True):
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
 def test_in_place_and_block_by_block_it_is_what_the_core_folds(monkeypatch, dtype, block):
     monkeypatch.setattr("tunerkit.offline.folding._BLOCK", block)
-    layer, tensors = layer_of(LoraConfig(target_modules=["0"]))
+    config = LoraConfig(target_modules=["0"])
+    layer, tensors = layer_of(config)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     site = layer.site.with_parameters({name: tensor.clone() for name, tensor in tensors.items()})
     wanted = fold(site, site, [layer.adapters["default"]], safe=False)
     assert not torch.equal(wanted["weight"], tensors["weight"])
-    folded = fold_layer(layer, tensors)
+    folded = fold_layer(layer, tensors, config)
     assert folded.keys() == wanted.keys() == {"weight"}
     assert folded["weight"].dtype is dtype
     assert torch.equal(folded["weight"], wanted["weight"])
     assert folded["weight"] is tensors["weight"]
 
 
-def test_another_method(monkeypatch):
+def test_another_method():
     with registered(rotation):
-        layer, tensors = layer_of(rotation.Config(target_modules=["0"]))
+        config = rotation.Config(target_modules=["0"])
+        layer, tensors = layer_of(config)
     before = tensors["weight"].clone()
-    folded = fold_layer(layer, tensors)
+    folded = fold_layer(layer, tensors, config)
     assert torch.equal(tensors["weight"], before)
     assert not torch.equal(folded["weight"], before)
 
 
 def test_what_is_not_there(monkeypatch):
     with registered(rotation):
-        layer, tensors = layer_of(rotation.Config(target_modules=["0"]))
+        config = rotation.Config(target_modules=["0"])
+        layer, tensors = layer_of(config)
     monkeypatch.setattr(rotation.RotationAdapter, "merged", lambda self, below: (below.weight.to("meta"), below.bias))
     with pytest.raises(MergeError, match=r"Folding into '0.weight' needs more of the base model than this layer"):
-        fold_layer(layer, tensors)
+        fold_layer(layer, tensors, config)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tunerkit.errors import TunerkitError
+from tunerkit.errors import TunerkitError, TunerkitWarning
 from tunerkit.naming import closest, listing
 
 if TYPE_CHECKING:
@@ -63,11 +64,21 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, self.lazy[name][1]) for name in self.list_commands(ctx)])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; an error of tunerkit's is shown as its message alone."""
-        try:
-            return super().invoke(ctx)
-        except TunerkitError as error:
-            raise click.ClickException(str(error)) from error
+        """Run a command; an error or a warning of tunerkit's is shown as its message alone."""
+        with warnings.catch_warnings():
+            shown = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+                if issubclass(category, TunerkitWarning):
+                    click.echo(f"Warning: {message}", err=True)
+                else:
+                    shown(message, category, *place, **more)
+
+            warnings.showwarning = show
+            try:
+                return super().invoke(ctx)
+            except TunerkitError as error:
+                raise click.ClickException(str(error)) from error
 
 
 @click.group(

@@ -104,6 +104,8 @@ def _show_base(base: BaseMatch, *, show_all: bool) -> None:
     click.echo(f"{found} of {len(base.targets)} targets found: {'it fits' if base.fits else 'it does not fit'}")
     if base.problem:
         click.echo(base.problem)
+    if base.doubt:
+        click.echo(base.doubt)
 
 
 def _counted(rows: Iterable[tuple[str, ...]], *, show_all: bool) -> list[tuple[str, ...]]:

@@ -30,7 +30,8 @@ def merge(*, base: Path, adapter: Path, out: Path, overwrite: bool, as_json: boo
     The model is never held in memory: its files are read and written layer by layer, under the same names and keys and
     in the same dtypes. The new folder appears whole or not at all. Needs the extra: pip install 'tunerkit[merge]'
 
-    Where the adapter changes one of two tied embeddings, both are written and the config says that they differ.
+    Where the adapter changes one of two tied embeddings, both are written and the config says that they differ. A
+    module that the adapter trained as a whole (modules_to_save) takes the place of the base's.
     """
     from tunerkit.offline.merging import merge_folder  # noqa: PLC0415 - keeps --help quick
 
@@ -44,7 +45,8 @@ def merge(*, base: Path, adapter: Path, out: Path, overwrite: bool, as_json: boo
 
 def _tell(report: MergeReport) -> None:
     click.echo(f"Merged {report.adapter} ({report.method}) into {report.base} ({report.model}).")
-    click.echo(f"  {len(report.merged)} tensors merged, {report.untouched} untouched")
+    replaced = f", {len(report.replaced)} replaced" if report.replaced else ""
+    click.echo(f"  {len(report.merged)} tensors merged{replaced}, {report.untouched} untouched")
     for key in report.untied:
         click.echo(f"  {key} was tied to another tensor and now has values of its own; the config says so")
     for name in report.left_out:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from tunerkit.checkpoint.report import LoadReport
 from tunerkit.checkpoint.state import PREFIX
-from tunerkit.errors import CheckpointError, NoMatchingPeftModuleError, TunerkitError
+from tunerkit.errors import CheckpointError, NoMatchingPeftModuleError, TunerkitError, TyingWarning
 from tunerkit.functional import cast_adapter_dtype, loading_for
 from tunerkit.naming import closest, listing
-from tunerkit.offline.keys import by_number
+from tunerkit.offline.keys import by_number, owners_of
 from tunerkit.plugins import get_method
 from tunerkit.tuner import BaseTuner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor, nn
 
-    from tunerkit.checkpoint.report import LoadReport
     from tunerkit.config import PeftConfig
     from tunerkit.offline.keys import Owner
 
@@ -30,7 +31,7 @@ Status = Literal["found", "missing", "shape mismatch", "incomplete", "no place"]
 
 @dataclass(frozen=True)
 class Target:
-    """One module that a checkpoint's keys name, and how it stands in the base model."""
+    """One module of which a checkpoint holds tensors, or would have to, and how it stands in the base model."""
 
     path: str
     status: Status
@@ -42,19 +43,32 @@ class Fit:
     """How an adapter fits a base model.
 
     Attributes:
-        targets: What the keys name, in the checkpoint's order.
+        targets: What the keys name, in the checkpoint's order, and what the adapter lacks beside that.
         tuner: The model with the adapter, if it could be put onto it.
         problem: Why it could not, or empty.
+        lacking: The paths of modules that the config means and of which the checkpoint holds nothing.
     """
 
     targets: tuple[Target, ...]
     tuner: BaseTuner | None = None
     problem: str = ""
+    lacking: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
         """Whether the adapter fits."""
         return not self.problem and all(target.status == "found" for target in self.targets)
+
+    @property
+    def doubt(self) -> str:
+        """A sentence on what the config means and the checkpoint lacks, or empty."""
+        if not self.lacking:
+            return ""
+        return (
+            f"The config means {len(self.lacking)} more modules of this model, of which the checkpoint holds nothing: "
+            f"{listing(self.lacking, 4)}. They stay as they are in the base. That is right if the adapter was trained "
+            "on a model without them, and otherwise tensors were lost: fetch or save the checkpoint again."
+        )
 
     def fitting_tuner(self, adapter: object, base: object) -> BaseTuner:
         """Return the model with the adapter.
@@ -79,28 +93,13 @@ class Fit:
         raise CheckpointError(msg)
 
 
-def attach(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor]) -> BaseTuner:
-    """Put an adapter onto a skeleton; its tensors are on the meta device too.
-
-    It goes where the checkpoint's tensors say, if they can: the model that it was trained on may have been without some
-    of the modules that the config means, such as a pooler.
-
-    Raises:
-        TunerkitError: It cannot be put there.
-    """
-    method = get_method(str(config.peft_type)).method
-    kind = method.tuner or BaseTuner
-    # Keys say neither which parameter of a module is meant nor, without the names of a method's entries, which module.
-    by_config = getattr(config, "target_parameters", None) or (method.adapter is None and not kind.prefix)
-    tuner = kind(model, config, NAME, low_cpu_mem_usage=True, state_dict=None if by_config else dict(tensors))
-    cast_adapter_dtype(tuner, NAME)
-    return tuner
-
-
 def match(
     model: nn.Module, config: PeftConfig | None, tensors: Mapping[str, Tensor], owners: Mapping[str, Owner]
 ) -> Fit:
-    """Match a checkpoint with a skeleton, onto which the adapter is put.
+    """Match a checkpoint with a skeleton, onto which the adapter is put; its tensors are on the meta device too.
+
+    It goes where the config says, as when it is loaded. If its keys say otherwise it goes where they say: the model
+    that it was trained on may have been without some of the modules that the config means, such as a pooler.
 
     Args:
         model: The skeleton.
@@ -108,34 +107,77 @@ def match(
         tensors: The checkpoint's tensors; on the meta device their shapes do.
         owners: The module that each tensor belongs to, by key.
     """
-    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    modules = dict(model.named_modules(remove_duplicate=False))
     paths: dict[str, list[str]] = {}
     for key, owner in owners.items():
         paths.setdefault(owner.path, []).append(key)
-    tuner, report, problem = None, None, ""
-    if config is not None:
-        try:
-            tuner = attach(model, config, tensors)
-            report = loading_for(tuner, NAME, tensors).report
-        except TunerkitError as error:
-            # If no module is there, the targets say so better.
-            problem = "" if isinstance(error, NoMatchingPeftModuleError) and not modules & set(paths) else str(error)
-    return Fit(tuple(_target(path, keys, modules, report) for path, keys in paths.items()), tuner, problem)
+    if config is None:
+        return Fit(tuple(_target(path, keys, modules, LoadReport(), []) for path, keys in paths.items()))
+    adapted = {owner.path for owner in owners.values() if owner.path and not owner.replaces}
+    held = {id(modules[path]) for path in adapted & modules.keys()}
+    try:
+        tuner, lacking = _attach(model, config, tensors, held)
+        report = loading_for(tuner, NAME, tensors).report
+    except TunerkitError as error:
+        # If no module is there, the targets say so better.
+        nowhere = isinstance(error, NoMatchingPeftModuleError) and modules.keys().isdisjoint(paths)
+        targets = tuple(_target(path, keys, modules, LoadReport(), []) for path, keys in paths.items())
+        return Fit(targets, problem="" if nowhere else str(error))
+    missing: dict[str, list[str]] = {}
+    for key, owner in _owners(report.missing_keys, config).items():
+        missing.setdefault(owner.path, []).append(_below(key))
+    lost = {path: missing.get(path, []) for path in (*paths, *missing)}
+    targets = tuple(_target(path, paths.get(path, []), modules, report, keys) for path, keys in lost.items())
+    return Fit(targets, tuner, lacking=lacking)
 
 
-def _target(path: str, keys: list[str], modules: set[str], report: LoadReport | None) -> Target:
+def _attach(
+    model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], held: set[int]
+) -> tuple[BaseTuner, tuple[str, ...]]:
+    """Put an adapter onto a skeleton.
+
+    Args:
+        model: The skeleton.
+        config: The adapter's config.
+        tensors: The checkpoint's tensors.
+        held: The ids of the modules that its keys say are adapted.
+
+    Returns:
+        The model with the adapter, and the paths of modules that the config means and the keys do not.
+
+    Raises:
+        TunerkitError: It cannot be put there.
+    """
+    method = get_method(str(config.peft_type)).method
+    kind = method.tuner or BaseTuner
+    meant = {id(target.module): target.name for target in BaseTuner.around(model).plan(config).targets}
+    # Keys say neither which parameter of a module is meant nor, without the names of a method's entries, which module.
+    by_config = getattr(config, "target_parameters", None) or (method.adapter is None and not kind.prefix)
+    by_config = by_config or meant.keys() == held
+    with warnings.catch_warnings():
+        # Said to who trains; what merging does to weights that are shared is in the report.
+        warnings.simplefilter("ignore", TyingWarning)
+        tuner = kind(model, config, NAME, low_cpu_mem_usage=True, state_dict=None if by_config else dict(tensors))
+    cast_adapter_dtype(tuner, NAME)
+    return tuner, () if by_config else tuple(name for module, name in meant.items() if module not in held)
+
+
+def _owners(keys: Iterable[str], config: PeftConfig) -> dict[str, Owner]:
+    return owners_of(keys, get_method(str(config.peft_type)), getattr(config, "modules_to_save", None))
+
+
+def _target(
+    path: str, keys: list[str], modules: Mapping[str, nn.Module], report: LoadReport, missing: list[str]
+) -> Target:
     if path not in modules:
         near = closest(by_number(path), map(by_number, modules))
         return Target(path, "missing", f"Closest: {listing(near)}." if near else "The model has nothing like it.")
-    if report is None:
-        return Target(path, "found")
     names = {_below(key) for key in keys}
     for note in report.mismatched_keys:
         if _below(note).partition(" is ")[0] in names:
             return Target(path, "shape mismatch", f"{_below(note)}.")
-    lacking = [_below(key) for key in report.missing_keys if _below(key).startswith(f"{path}.")]
-    if lacking:
-        return Target(path, "incomplete", f"The checkpoint lacks {listing(lacking)}.")
+    if missing:
+        return Target(path, "incomplete", f"The checkpoint lacks {listing(missing)}.")
     left = [_below(key) for key in report.unexpected_keys if _below(key) in names]
     if left:
         return Target(path, "no place", f"The adapter has no place for {listing(left)}.")

@@ -9,21 +9,23 @@ import torch
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import MergeError
 from tunerkit.folding import fold
+from tunerkit.sites import make_on_meta
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from tunerkit.adapted_layer import AdaptedLayer
     from tunerkit.adapter import Adapter
+    from tunerkit.config import PeftConfig
     from tunerkit.sites import Site
 
 _BLOCK = 1 << 20
 """How many numbers are added up at once."""
 
 
-def fold_layer(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fold_layer(layer: AdaptedLayer, tensors: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Tensor]:
     """Return the parameters of a layer that its adapters change, with them folded in.
 
     The given tensors are written over where that saves memory, so they are good for this one call.
@@ -31,29 +33,48 @@ def fold_layer(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> dict[str, 
     Args:
         layer: A layer of the skeleton, whose own parameters are on the meta device.
         tensors: The layer's parameters by name, with their data.
+        config: The adapters' config.
 
     Raises:
         MergeError: The result would hold NaN or infinities, or parameters that the base model does not have.
     """
     site = layer.site.with_parameters(tensors)
-    adapters = [layer.adapters[name] for name in layer.active_adapters]
+    adapters = [_derived(layer.adapters[name], site, config) for name in layer.active_adapters]
     with torch.no_grad():
-        if len(adapters) == 1 and _only_adds(adapters[0], site):
-            _add(site.weight, adapters[0].delta(site))  # type: ignore[operator]
+        change = _only_change(adapters, site)
+        if change is not None:
+            _add(site.weight, change)
             folded = {site.weight_name: tensors[site.weight_name]}
         else:
             folded = {
                 name: tensor for name, tensor in fold(site, site, adapters, safe=False).items() if tensor is not None
             }
         for name, tensor in folded.items():
-            _check(f"{layer.site.name}.{name}", tensor, tensors.get(name))
+            full = f"{layer.site.name}.{name}" if layer.site.name else name
+            _check_same_form(full, tensor, tensors.get(name))
+            check_finite(full, tensor)
     return folded
 
 
-def _only_adds(adapter: Adapter, site: Site) -> bool:
-    """Return whether folding is adding to the very tensor that was given, which then needs no second one."""
-    plain = isinstance(adapter, AdditiveAdapter) and type(adapter).merged is AdditiveAdapter.merged
-    return plain and site.weight.data_ptr() == site.stored.data_ptr() and adapter.unfoldable is None
+def _derived(adapter: Adapter, site: Site, config: PeftConfig) -> Adapter:
+    """Return an adapter with what it derives from the layer's weight, which the skeleton does not have."""
+    if not any(buffer.is_meta for buffer in adapter.buffers()):
+        return adapter
+    made = make_on_meta(lambda: type(adapter)(site, config))
+    made.load_state_dict(adapter.state_dict(), assign=True)
+    if adapter.part is not None:
+        made.join(adapter.part)
+    return made
+
+
+def _only_change(adapters: Sequence[Adapter], site: Site) -> Tensor | None:
+    """Return what is added to the weight if folding is no more than that, and can be done in the tensor given."""
+    if len(adapters) != 1 or site.weight.data_ptr() != site.stored.data_ptr():
+        return None
+    adapter = adapters[0]
+    if not isinstance(adapter, AdditiveAdapter) or type(adapter).merged is not AdditiveAdapter.merged:
+        return None
+    return adapter.delta(site) if adapter.delta_bias(site) is None else None
 
 
 def _add(weight: Tensor, delta: Tensor) -> None:
@@ -64,7 +85,7 @@ def _add(weight: Tensor, delta: Tensor) -> None:
         own.copy_(exact + change)
 
 
-def _check(name: str, tensor: Tensor, before: Tensor | None) -> None:
+def _check_same_form(name: str, tensor: Tensor, before: Tensor | None) -> None:
     if before is None or before.shape != tensor.shape:
         found = "no such tensor" if before is None else f"one of shape {tuple(before.shape)}"
         msg = (
@@ -78,6 +99,10 @@ def _check(name: str, tensor: Tensor, before: Tensor | None) -> None:
             "merge_and_unload() and save that."
         )
         raise MergeError(msg)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise `MergeError` if a tensor that is to be written holds NaN or infinities."""
     if not all(torch.isfinite(block).all() for block in torch.split(tensor.reshape(-1), _BLOCK)):
         msg = f"Merging would put NaN or infinities into {name!r}, so nothing was written. Check the adapter."
         raise MergeError(msg)

@@ -15,7 +15,7 @@ from tunerkit.config import PeftConfig
 from tunerkit.errors import TunerkitError
 from tunerkit.naming import method_id, package_name
 from tunerkit.offline.fitting import Fit, match
-from tunerkit.offline.keys import Owner, by_number, entries_of, owner_of
+from tunerkit.offline.keys import Owner, by_number, owners_of
 from tunerkit.offline.skeleton import open_skeleton
 from tunerkit.offline.tensor_file import TensorFile
 from tunerkit.plugins import LoadedMethod, get_method
@@ -84,6 +84,8 @@ class BaseMatch:
         fits: Whether the adapter fits.
         problem: Why it cannot be put onto the model at all, or empty.
         targets: What the keys name, as dicts with `path`, `status` and `note`.
+        lacking: Modules that the config means and of which the checkpoint holds nothing.
+        doubt: What that may say, or empty.
     """
 
     folder: str
@@ -91,6 +93,8 @@ class BaseMatch:
     fits: bool
     problem: str
     targets: list[dict[str, str]]
+    lacking: list[str]
+    doubt: str
 
 
 @dataclass(frozen=True)
@@ -143,10 +147,7 @@ def inspect_checkpoint(checkpoint: Path, base: Path | None = None) -> Inspection
     entries = TensorFile.open(folder / WEIGHTS_NAME).entries
     method, info = _method_of(values)
     config, problem = _config_of(values, info)
-    whole = values.get("modules_to_save") or ()
-    owners = {
-        key: owner_of(key, entries_of(method), whole if isinstance(whole, (list, tuple)) else ()) for key in entries
-    }
+    owners = owners_of(entries, method, values.get("modules_to_save"))
     return Inspection(
         checkpoint=str(folder),
         method=dataclasses.replace(info, problem=problem),
@@ -220,4 +221,12 @@ def _matched(
     shapes = {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}
     fit: Fit = match(skeleton.model, config, shapes, owners)
     targets = [dataclasses.asdict(target) for target in fit.targets]
-    return BaseMatch(str(folder), type(skeleton.model).__name__, fit.fits, fit.problem, targets)
+    return BaseMatch(
+        folder=str(folder),
+        model=type(skeleton.model).__name__,
+        fits=fit.fits,
+        problem=fit.problem,
+        targets=targets,
+        lacking=list(fit.lacking),
+        doubt=fit.doubt,
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tunerkit.checkpoint.state import PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from tunerkit.plugins import LoadedMethod
 
@@ -31,12 +31,20 @@ class Owner:
     replaces: bool = False
 
 
-def entries_of(method: LoadedMethod | None) -> frozenset[str]:
-    """Return the names under which a method's adapters hold their tensors; none if the method is not known."""
-    declared = None if method is None else method.method
-    if declared is None:
-        return frozenset()
-    return frozenset((*declared.entries, *(declared.part.entries if declared.part is not None else ())))
+def owners_of(keys: Iterable[str], method: LoadedMethod | None, whole: object = ()) -> dict[str, Owner]:
+    """Return the module that each tensor of a checkpoint belongs to, by key.
+
+    Args:
+        keys: The keys.
+        method: The checkpoint's method; None if it is not known.
+        whole: What the config has under `modules_to_save`; anything but a list of names says nothing.
+    """
+    entries: frozenset[str] = frozenset()
+    if method is not None:
+        declared = method.method
+        entries = frozenset((*declared.entries, *(declared.part.entries if declared.part is not None else ())))
+    names = whole if isinstance(whole, (list, tuple)) else ()
+    return {key: owner_of(key, entries, names) for key in keys}
 
 
 def owner_of(key: str, entries: Collection[str], whole: Collection[str] = ()) -> Owner:
@@ -63,11 +71,8 @@ def owner_of(key: str, entries: Collection[str], whole: Collection[str] = ()) ->
 
 
 def _module(parts: list[str]) -> str:
-    """Return a module's path; layers that adapt several parameters of one module stand on one another."""
-    path = ".".join(parts)
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return path
+    """Return a module's path in the base model, where no layers stand on others or around the children of others."""
+    return ".".join(part for part in parts if part != "base_layer")
 
 
 def by_number(path: str) -> str:

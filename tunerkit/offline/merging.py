@@ -6,20 +6,24 @@ import copy
 import json
 import shutil
 import time
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunerkit.checkpoint.folder import check_folder
-from tunerkit.errors import CheckpointError
+from tunerkit.errors import CheckpointError, LoadWarning, MergeError
+from tunerkit.functional import loading_for
 from tunerkit.naming import method_id
 from tunerkit.offline.becoming import decide
 from tunerkit.offline.fitting import NAME, match
-from tunerkit.offline.folding import fold_layer
-from tunerkit.offline.keys import entries_of, owner_of
+from tunerkit.offline.folding import check_finite, fold_layer
+from tunerkit.offline.keys import owners_of
 from tunerkit.offline.model_folder import INDEX, MODEL_CONFIG, ModelFolder
 from tunerkit.offline.skeleton import open_skeleton
+from tunerkit.offline.tensor_file import DTYPES
 from tunerkit.offline.writing import TensorWriter, bytes_of, check_out, new_folder, write_file
 from tunerkit.plugins import get_method
+from tunerkit.replication import wanted_ranges
 from tunerkit.saved import SavedAdapter
 
 if TYPE_CHECKING:
@@ -28,8 +32,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tunerkit.config import PeftConfig
     from tunerkit.offline.becoming import Becoming, Folded
+    from tunerkit.offline.tensor_file import Entry
 
 
 @dataclass
@@ -42,9 +46,12 @@ class MergeReport:
         out: The folder that was written.
         method: The adapter's method.
         model: The class of the model.
-        merged: The keys of the tensors that the adapter changed.
+        merged: The keys of the tensors into which the adapter was folded.
+        replaced: The keys of those that the adapter's checkpoint holds itself: of modules trained as a whole
+            (`modules_to_save`), of biases, and of embeddings.
         untouched: How many tensors were copied as they are.
         untied: The keys of tensors that the base's files left out because they were tied to another.
+        lacking: Modules that the adapter's config means and of which its checkpoint holds nothing.
         bytes: The size of all tensors that were written.
         left_out: Files of the base's folder that were not copied: weights in other formats.
         seconds: How long it took.
@@ -56,8 +63,10 @@ class MergeReport:
     method: str
     model: str
     merged: list[str]
+    replaced: list[str]
     untouched: int
     untied: list[str]
+    lacking: list[str]
     bytes: int
     left_out: list[str]
     seconds: float
@@ -73,7 +82,7 @@ def merge_folder(
 ) -> MergeReport:
     """Merge an adapter into the model of a folder, and write the result as a folder like it.
 
-    Peak memory is that of folding one layer. The folder appears whole or not at all.
+    Peak memory is the adapter and what folding one layer takes. The folder appears whole or not at all.
 
     Args:
         base: The base model: a transformers model in safetensors, in one file or several.
@@ -92,7 +101,7 @@ def merge_folder(
     check_out(out, overwrite=overwrite)
     _check_apart(out, base, adapter)
     folder = ModelFolder.open(base)
-    config, becoming, kind = _decide(folder, adapter)
+    becoming, lacking = _decide(folder, adapter)
     kept, left_out = folder.others()
     with new_folder(out) as work:
         merging = _Merging(folder, becoming, work, on_bytes)
@@ -103,32 +112,44 @@ def merge_folder(
         base=str(base),
         adapter=str(adapter),
         out=str(out),
-        method=method_id(str(config.peft_type)),
-        model=kind.__name__,
+        method=method_id(str(becoming.adapter.peft_type)),
+        model=becoming.model,
         merged=sorted(merging.merged),
-        untouched=len(merging.targets) - len(merging.merged),
-        untied=sorted(becoming.added),
+        replaced=sorted(merging.replaced),
+        untouched=len(merging.targets) - len(merging.merged | merging.replaced),
+        untied=sorted(key for key, added in becoming.added.items() if added.tied),
+        lacking=list(lacking),
         bytes=merging.total,
         left_out=[str(path) for path in left_out],
         seconds=round(time.perf_counter() - start, 3),
     )
 
 
-def _decide(folder: ModelFolder, adapter: Path) -> tuple[PeftConfig, Becoming, type]:
+def _decide(folder: ModelFolder, adapter: Path) -> tuple[Becoming, tuple[str, ...]]:
     """Read an adapter, put it onto the base model's skeleton and say what each of the base's tensors becomes.
 
     What was read is given up when this returns; the adapter's tensors are those on the skeleton.
+
+    Returns:
+        What they become, and the modules that the config means and of which the checkpoint holds nothing.
     """
     saved = SavedAdapter(adapter, None, None, is_trainable=False, device=None, key_mapping=None)
-    entries = entries_of(get_method(str(saved.config.peft_type)))
-    owners = {key: owner_of(key, entries) for key in saved.tensors}
+    if wanted_ranges(saved.config):
+        msg = (
+            f"The adapter in '{adapter}' repeats layers of the base model (layer_replication), so the merged model "
+            "would have other layers than the files. Load the model, call merge_and_unload() and save that."
+        )
+        raise MergeError(msg)
+    owners = owners_of(saved.tensors, get_method(str(saved.config.peft_type)))
     skeleton = open_skeleton(folder.path, saved.config.to_dict(), {owner.path for owner in owners.values()})
     # What the model's parameters are called is asked before the adapter is put between them.
     names = skeleton.names()
     fit = match(skeleton.model, saved.config, saved.tensors, owners)
     tuner = fit.fitting_tuner(adapter, folder.path)
-    saved.put_into(tuner, NAME, strict=True)
-    return saved.config, decide(folder, skeleton, names, tuner), type(skeleton.model)
+    if fit.doubt:
+        warnings.warn(LoadWarning(f"The adapter in '{adapter}': {fit.doubt}"), stacklevel=3)
+    loading_for(tuner, NAME, saved.tensors).write()
+    return decide(folder, skeleton, names, tuner), fit.lacking
 
 
 class _Merging:
@@ -141,15 +162,13 @@ class _Merging:
         self.sources = folder.where
         self.on_bytes = on_bytes
         self.merged: set[str] = set()
+        self.replaced: set[str] = set()
         self.targets: dict[str, TensorWriter] = {}
         self.done = self.total = 0
-        copies: dict[str, list[str]] = {}
-        for key, source in becoming.added.items():
-            copies.setdefault(source, []).append(key)
         self.writers = []
         for file in folder.files:
-            # Beside what it was tied to, so that tensors of one dtype stay together, which keeps them aligned.
-            entries = {name: entry for key, entry in file.entries.items() for name in (key, *copies.get(key, ()))}
+            entries = dict(file.entries)
+            entries.update({key: added.entry for key, added in becoming.added.items() if added.beside in file.entries})
             writer = TensorWriter(work / file.path.name, entries, file.metadata)
             self.writers.append(writer)
             self.targets.update(dict.fromkeys(entries, writer))
@@ -157,20 +176,23 @@ class _Merging:
 
     def run(self) -> None:
         """Write all tensors."""
+        added, replaced = self.becoming.added, self.becoming.replaced
         for one in self.becoming.folded:
             self._fold(one)
+        for key, tensor in replaced.items():
+            self._replace(key, tensor, added[key].entry if key in added else self.sources[key].entries[key])
         written = {key for one in self.becoming.folded for key in one.results.values()}
         for key in self.targets:
-            if key not in written:
-                self._copy(self.becoming.added.get(key, key), key)
+            if key not in written and key not in replaced:
+                self._copy(added[key].beside if key in added else key, key)
         for writer in self.writers:
             writer.finish()
 
     def _fold(self, one: Folded) -> None:
-        tensors = {local: self.sources[key].read(key) for local, key in one.sources.items()}
+        tensors = {local: self._read(key) for local, key in one.sources.items()}
         changed: dict[str, Tensor] = {}
         for layer in one.layers:
-            changed.update(fold_layer(layer, tensors))
+            changed.update(fold_layer(layer, tensors, self.becoming.adapter))
         del tensors
         for local, key in one.results.items():
             if local in changed:
@@ -181,8 +203,24 @@ class _Merging:
             else:
                 self._copy(one.sources[local], key)
 
+    def _read(self, source: str) -> Tensor:
+        given = self.becoming.given.get(source)
+        if given is None:
+            return self.sources[source].read(source)
+        return given.detach().to(DTYPES[self.sources[source].entries[source].dtype], copy=True)
+
     def _copy(self, source: str, key: str) -> None:
-        self._write(key, self.sources[source].chunks(source))
+        """Write a tensor into which nothing is folded."""
+        given = self.becoming.given.get(source)
+        if given is None:
+            self._write(key, self.sources[source].chunks(source))
+        else:
+            self._replace(key, given, self.sources[source].entries[source])
+
+    def _replace(self, key: str, tensor: Tensor, entry: Entry) -> None:
+        check_finite(key, tensor)
+        self._write(key, [bytes_of(tensor.to(DTYPES[entry.dtype]))])
+        self.replaced.add(key)
 
     def _write(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
         self.targets[key].write(key, self._counted(chunks))
@@ -201,14 +239,11 @@ def _write_configs(folder: ModelFolder, becoming: Becoming, work: Path) -> None:
         write_file(work / MODEL_CONFIG, _json(becoming.config))
     if folder.index is not None and becoming.added:
         index = copy.deepcopy(folder.index)
-        for key, source in becoming.added.items():
-            file = folder.where[source]
-            index["weight_map"][key] = file.path.name
-            counts = index.get("metadata") or {}
-            for name, more in (
-                ("total_size", file.entries[source].size),
-                ("total_parameters", file.entries[source].count),
-            ):
+        where = folder.where
+        counts = index.get("metadata") or {}
+        for key, added in becoming.added.items():
+            index["weight_map"][key] = where[added.beside].path.name
+            for name, more in (("total_size", added.entry.size), ("total_parameters", added.entry.count)):
                 if isinstance(counts.get(name), int):
                     counts[name] += more
         write_file(work / INDEX, _json(index))

@@ -46,7 +46,7 @@ class Names:
         parameter: Says into which parameter transformers loads a file's tensor: takes its key, and returns the
             parameter's name, which the model may not have, and whether the parameter is computed from the tensor rather
             than equal to it.
-        aliases: For each parameter the names of all that are the same tensor, its own among them.
+        aliases: For each parameter and saved buffer the names of all that are the same tensor, its own among them.
         places: For each module, by its `id`, the paths at which it stands.
     """
 
@@ -73,8 +73,8 @@ class Skeleton:
         for name, module in self.model.named_modules(remove_duplicate=False):
             places.setdefault(id(module), []).append(name)
         groups: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            groups.setdefault(id(parameter), []).append(name)
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            groups.setdefault(id(tensor), []).append(name)
         aliases = {name: tuple(names) for names in groups.values() for name in names}
         return Names(self._renamer(), aliases, {key: tuple(paths) for key, paths in places.items()})
 

@@ -24,8 +24,20 @@ METADATA = "__metadata__"
 CHUNK = 4 << 20
 """How many bytes are copied at once."""
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What can be folded into. Tensors of other dtypes are copied as bytes, so nothing needs to know them."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What can be folded into, by safetensors' names."""
+
+DTYPES = {
+    **FLOATS,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What can be written in place of a tensor. Those of other dtypes are copied as bytes, so nothing needs to know them.
+"""
 
 
 @dataclass(frozen=True)

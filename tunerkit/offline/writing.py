@@ -30,7 +30,8 @@ class TensorWriter:
 
     Args:
         path: Where; not there yet.
-        entries: What will be written, by key: dtype, shape and size of each; where they begin is decided here.
+        entries: What will be written, by key: dtype, shape and size of each. Where they begin is decided here: those
+            of wide dtypes come first, so that each is aligned to its own.
         metadata: The text beside them.
     """
 
@@ -38,7 +39,7 @@ class TensorWriter:
         self.path = path
         header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
         offset = 0
-        for key, entry in entries.items():
+        for key, entry in sorted(entries.items(), key=lambda item: -(item[1].size // max(1, item[1].count))):
             header[key] = {
                 "dtype": entry.dtype,
                 "shape": list(entry.shape),

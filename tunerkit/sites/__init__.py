@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tunerkit.sites.attention import SHOWN, AttentionSite, OutputProjectionSite
-from tunerkit.sites.base import Below, Bound, Site, make_on_meta, twin
+from tunerkit.sites.base import Below, Bound, Site, is_making_on_meta, make_on_meta, twin
 from tunerkit.sites.convolution import Convolution1dSite, Convolution2dSite, Convolution3dSite, ConvolutionSite
 from tunerkit.sites.embedding import EmbeddingSite
 from tunerkit.sites.linear import CONV1D, LinearSite, TransposedLinearSite
@@ -32,6 +32,7 @@ __all__ = [
     "Site",
     "TransposedLinearSite",
     "in_words",
+    "is_making_on_meta",
     "make_on_meta",
     "make_site",
     "register_site",

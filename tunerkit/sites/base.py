@@ -59,6 +59,11 @@ def make_on_meta(make: Callable[[], Made]) -> Made:
     return copy_context().run(on_meta)
 
 
+def is_making_on_meta() -> bool:
+    """Return whether new tensors are made within `make_on_meta`, to be filled later."""
+    return _ON_META.get()
+
+
 _BOUND = frozenset({"forward", "_compiled_call_impl"})
 
 

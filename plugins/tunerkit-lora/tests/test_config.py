@@ -17,6 +17,7 @@ NO_PEFT = "comparing with PEFT needs it: pip install peft"
 
 # Per field that is not built: a value away from its default.
 UNBUILT = {
+    "lora_ga_config": {"scale": "stable"},
     "megatron_config": {"hidden": 1},
     "megatron_core": "other.core",
     "trainable_token_indices": [0],
@@ -25,11 +26,9 @@ UNBUILT = {
     "use_qalora": True,
     "qalora_group_size": 8,
     "monteclora_config": {"num_samples": 4},
-    "layer_replication": [(0, 2), (1, 3)],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 0.1},
-    "ensure_weight_tying": True,
 }
 BUILT = {
     "r": 4,
@@ -41,6 +40,7 @@ BUILT = {
     "lora_dropout": 0.1,
     "use_rslora": True,
     "bias": "lora_only",
+    "layer_replication": [[0, 2], [1, 3]],
     "layers_to_transform": [0, 2],
     "layers_pattern": "layers",
     "init_lora_weights": False,
@@ -48,6 +48,7 @@ BUILT = {
     "rank_pattern": {"head": 2},
     "alpha_pattern": {"head": 2.5},
     "lora_bias": True,
+    "ensure_weight_tying": True,
     "task_type": "CAUSAL_LM",
     "revision": "main",
 }
@@ -64,7 +65,7 @@ def own_fields():
 
 
 # What belongs to single starts, or does not go with the others: their own tests are in test_inits.py and test_dora.py.
-APART = {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "runtime_config"}
+APART = {"loftq_config", "eva_config", "corda_config", "use_dora", "runtime_config"}
 
 
 def test_every_field_is_either_built_or_refused():

@@ -555,7 +555,6 @@ def test_mica_trains_a_alone(base):
         ({"loftq_config": LoftQConfig()}, "loftq_config"),
         ({"eva_config": EvaConfig()}, "eva_config"),
         ({"corda_config": {"corda_method": "kpm"}}, "corda_config"),
-        ({"lora_ga_config": {"direction": "ArBr"}}, "lora_ga_config"),
     ],
 )
 def test_settings_of_another_start_have_no_effect(settings, name):

@@ -280,7 +280,7 @@ class TestRefusals:
             "The adapter 'default' on '0' cannot be merged: it stands on a convolution with groups, and its first "
             "factor mixes all channels, which kernels with groups cannot. Keep it as an adapter."
         )
-        with pytest.raises(MergeError, match=r"^The adapter on '0' adds nothing that fits its weight: it stands on"):
+        with pytest.raises(MergeError, match=r"^The adapter 'default' on '0' does not change its weight: it stands on"):
             model.get_base_model()[0].get_delta_weight("default")
 
 

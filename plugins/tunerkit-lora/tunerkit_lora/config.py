@@ -78,14 +78,15 @@ class LoraConfig(PeftConfig):
         loftq_config: Settings of the LoftQ start, which is not made here; without effect.
         eva_config: Settings of the start `"eva"`, an `EvaConfig`.
         corda_config: Settings of the CorDA start, which is not made here; without effect.
-        lora_ga_config: Settings of the LoRA-GA start, which is not made here; without effect.
+        lora_ga_config: Settings of the LoRA-GA start. *(not built)*
         use_dora: Whether magnitude and direction of the weight are learned apart (DoRA).
         velora_config: Settings of VeLoRA's compressed activations. *(not built)*
         alora_invocation_tokens: The tokens after which the adapter sets in (aLoRA). *(not built)*
         use_qalora: Whether the input is pooled for a grouped quantisation (QALoRA). *(not built)*
         qalora_group_size: The size of QALoRA's groups. *(not built)*
         monteclora_config: Settings of MonteCLoRA's sampling. *(not built)*
-        layer_replication: Ranges of layers to repeat with shared weights. *(not built)*
+        layer_replication: Ranges of layers, each from one to before another, that the model is to consist of: layers
+            are repeated with shared weights and adapters of their own. `[(0, 4), (2, 5)]` makes 7 layers of 5.
         runtime_config: Settings of this run, which are not saved.
         lora_bias: Whether `B` has a bias, which is trained and scaled with it. Not for embeddings, and only with
             `init_lora_weights` at `True` or `False`.
@@ -94,7 +95,9 @@ class LoraConfig(PeftConfig):
         use_bdlora: Settings of block-diagonal factors (BD-LoRA). *(not built)*
         arrow_config: Settings of Arrow's routing between adapters. *(not built)*
         kasa_config: Settings of KaSA. *(not built)*
-        ensure_weight_tying: Whether tied layers get tied adapters. *(not built)*
+        ensure_weight_tying: Whether modules that share a weight with one that is adapted, or saved as a whole, are too,
+            with the same tensors: the input embedding and the output layer of many language models. Their factors
+            start as those of a linear layer do, with `init_lora_weights` at `True`, `False` or `"gaussian"`.
 
     Raises:
         ConfigError: A setting has the wrong type or is out of range, or asks for something that is not built.
@@ -121,21 +124,21 @@ class LoraConfig(PeftConfig):
     loftq_config: dict[str, Any] | LoftQConfig | None = setting(factory=dict)
     eva_config: EvaConfig | dict[str, Any] | None = None
     corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = unbuilt(None)
     use_dora: bool = False
     velora_config: dict[str, Any] | None = unbuilt(None)
     alora_invocation_tokens: list[int] | None = unbuilt(None)
     use_qalora: bool = unbuilt(default=False)
     qalora_group_size: int = unbuilt(16)
     monteclora_config: dict[str, Any] | None = unbuilt(None)
-    layer_replication: list[tuple[int, int]] | None = unbuilt(None)
+    layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = setting(factory=LoraRuntimeConfig, saved=False)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
     use_bdlora: dict[str, Any] | None = unbuilt(None)
     arrow_config: dict[str, Any] | None = unbuilt(None)
     kasa_config: dict[str, Any] | None = unbuilt(None)
-    ensure_weight_tying: bool = unbuilt(default=False)
+    ensure_weight_tying: bool = False
 
     _patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
@@ -147,6 +150,8 @@ class LoraConfig(PeftConfig):
         """
         self._check_start()
         super().check()
+        if self.layer_replication is not None:  # a file has lists
+            self.layer_replication = [(start, end) for start, end in self.layer_replication]
         for entry, rank in (self.rank_pattern or {}).items():
             if rank <= 0:
                 msg = f"LoraConfig.rank_pattern[{entry!r}] must be above 0; it is {rank!r}."
@@ -192,7 +197,6 @@ class LoraConfig(PeftConfig):
             "loftq_config": self.loftq_config,
             "eva_config": self.eva_config if self.init_lora_weights != "eva" else None,
             "corda_config": self.corda_config,
-            "lora_ga_config": self.lora_ga_config,
         }
         for name in (name for name, value in idle.items() if value):
             msg = f"LoraConfig.{name} has no effect with init_lora_weights={given!r}."
@@ -216,8 +220,9 @@ class LoraConfig(PeftConfig):
                 "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
             )
             warnings.warn(LoadWarning(msg), stacklevel=4)
-            values = {**values, "init_lora_weights": True, "lora_ga_config": None}
-        return super().from_dict(values)
+            values = {**values, "init_lora_weights": True}
+        # What it was started with says nothing of an adapter whose factors are in the file.
+        return super().from_dict({**values, "lora_ga_config": None})
 
     @property
     def is_anchored(self) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunerkit.errors import ConfigError, LoadWarning, UnsupportedSiteError
+from tunerkit.sites import is_making_on_meta
 from tunerkit_lora.inits.orthogonal import orthogonal
 from tunerkit_lora.inits.spectral import minor_directions, olora, pissa, pissa_lowrank
 
@@ -68,8 +69,12 @@ def special_factors(site: Site, rank: int, init: str, scaling: float) -> tuple[T
             raise ConfigError(msg)
         first, second = orthogonal(site.out_features, site.in_features, rank)
     else:
+        if site.weight.is_meta and is_making_on_meta():
+            # In the skeleton of a model; who has the weight makes the adapter anew.
+            count = min(rank, *site.weight.shape)
+            return site.empty(count, site.in_features), site.empty(site.out_features, count)
         matrix = _matrix(site, init)
-        if init.startswith("pissa_") and site.empty(0).is_meta:
+        if init.startswith("pissa_") and is_making_on_meta():
             msg = (
                 f"The adapter was saved with init_lora_weights={init!r}, relative to a start that was drawn at random "
                 "and is not in the file. The one that is derived here comes as close to it as PEFT's does. To keep "
