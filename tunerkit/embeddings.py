@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
@@ -19,8 +20,6 @@ from tunerkit.naming import listing
 from tunerkit.targeting import bare, places, wants_all_linear
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from tunerkit.checkpoint.state import Piece
@@ -108,7 +107,11 @@ def _own(model: nn.Module, module: nn.Module) -> dict[str, Tensor]:
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
     getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    found: Iterator[Any] = (getter() for getter in getters if callable(getter))
+    found: list[Any] = []
+    for getter in getters:
+        # Models of transformers that have none, those of pictures, raise this.
+        with contextlib.suppress(NotImplementedError):
+            found += [getter()] if callable(getter) else []
     return [layer for layer in found if isinstance(layer, nn.Module)]
 
 

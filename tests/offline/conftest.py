@@ -60,14 +60,14 @@ def saved(tmp_path):
 def adapted(tmp_path, ids):
     """Put a moved adapter onto a model, save it, and return its folder and the model's output with it."""
 
-    def adapt(model, config, name="adapter"):
+    def adapt(model, config, name="adapter", *, embeddings=False):
         torch.manual_seed(3)
         with torch.no_grad():
             before = model(input_ids=ids)[0]
             peft = get_peft_model(model, config).eval()
             move(peft)
             after = peft(input_ids=ids)[0]
-        peft.save_pretrained(tmp_path / name)
+        peft.save_pretrained(tmp_path / name, save_embedding_layers=embeddings)
         assert (before - after).abs().max() > 1e-3
         return tmp_path / name, peft
 

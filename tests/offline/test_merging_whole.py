@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -185,9 +186,61 @@ def test_what_peft_saved(llama, saved, out, ids, tmp_path):
 
 def test_what_the_config_does_not_name_has_no_place(llama, saved, adapted, out):
     base = saved(llama())
-    adapter, _ = adapted(llama(), lora("lm_head"))
+    adapter, _ = adapted(llama(), lora("norm"))
     path = adapter / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "modules_to_save": None}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"lm_head: no place. The adapter has no place for 'lm_head.weight'"):
+    with pytest.raises(CheckpointError, match=r"norm: no place. The adapter has no place for 'model.norm.weight'"):
         merge_folder(base, adapter, out)
+
+
+class TestTheBaseS:
+    """Tensors of the base model that a checkpoint holds itself."""
+
+    @pytest.mark.parametrize("which", ["all", "lora_only"])
+    @pytest.mark.parametrize("whole", [[], ["LayerNorm"]])
+    def test_trained_biases(self, saved, adapted, out, ids, bert_config, which, whole):
+        torch.manual_seed(0)
+        base = saved(BertModel(bert_config))
+        config = lora(*whole, targets=["query", "dense"], bias=which)
+        adapter, peft = adapted(BertModel.from_pretrained(base).eval(), config)
+        report = merge_folder(base, adapter, out)
+        before, after = tensors_of(base), tensors_of(out)
+        changed = {key for key in before if not torch.equal(before[key], after[key])}
+        assert changed == {*report.merged, *report.replaced}
+        assert "encoder.layer.0.attention.self.query.bias" in report.replaced
+        assert ("encoder.layer.0.attention.self.key.bias" in report.replaced) == (which == "all")
+        check_equal(BertModel, out, ids, peft)
+
+    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("targets", [["v_proj", "o_proj"], ["q_proj", "embed_tokens"]])
+    def test_embeddings_saved_along(self, llama, saved, adapted, out, ids, tied, targets):
+        """They were changed before the adapter was made, as by new tokens, and stay as the checkpoint has them."""
+        base = saved(llama(tied=tied))
+        model = llama(tied=tied)
+        model.get_input_embeddings().weight.data.add_(0.1)
+        adapter, peft = adapted(model, lora(targets=targets), embeddings=True)
+        report = merge_folder(base, adapter, out)
+        embeddings = "model.embed_tokens.weight"
+        assert embeddings in (report.merged if "embed_tokens" in targets else report.replaced)
+        assert report.untied == (["lm_head.weight"] if tied and "embed_tokens" in targets else [])
+        with (
+            pytest.warns(UserWarning, match="tie_word_embeddings=False") if report.untied else contextlib.nullcontext()
+        ):
+            check_equal(AutoModelForCausalLM, out, ids, peft)
+
+    def test_a_bias_that_the_files_lack(self, saved, adapted, out, bert_config):
+        base = saved(BertModel(bert_config))
+        tensors = tensors_of(base)
+        del tensors["encoder.layer.0.attention.self.query.bias"]
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        adapter, _ = adapted(BertModel(bert_config).eval(), lora(targets=["query"], bias="lora_only"))
+        with pytest.raises(CheckpointError, match=r"no tensor for 'encoder.layer.0.*query.bias', which the adapter's"):
+            merge_folder(base, adapter, out)
+
+
+def test_repeated_layers(llama, saved, adapted, out):
+    adapter, _ = adapted(llama(), lora(layer_replication=[(0, 2), (1, 2)]))
+    with pytest.raises(MergeError, match=r"repeats layers of the base model \(layer_replication\)"):
+        merge_folder(saved(llama()), adapter, out)
+    assert not out.exists()

@@ -71,6 +71,8 @@ class Becoming:
         adapter: The adapter's config.
         model: The class of the model.
         folded: The modules into which adapters are folded.
+        given: The base's own tensors that the checkpoint holds too, in place of what the files hold: biases that were
+            trained, embeddings that were saved along. By their key in the base's files.
         replaced: The tensors of modules that were trained as a whole, by their key in the files written.
         added: What stands there beside the base's own, by key. Where it is neither folded nor replaced, it is what it
             was tied to.
@@ -80,6 +82,7 @@ class Becoming:
     adapter: PeftConfig
     model: str
     folded: tuple[Folded, ...]
+    given: Mapping[str, Tensor]
     replaced: Mapping[str, Tensor]
     added: Mapping[str, Added]
     config: dict[str, Any] | None
@@ -101,6 +104,7 @@ def decide(folder: ModelFolder, skeleton: Skeleton, names: Names, tuner: BaseTun
     known = _Known(folder, names)
     check_not_shared(tuner.model, [NAME])
     modules: dict[int, list[AdaptedLayer]] = {}
+    given = known.given(tuner.model)
     whole = _Whole({}, [], [])
     for path, layer in tuner_layers(tuner.model):
         if isinstance(layer, CopiedModule):
@@ -120,7 +124,7 @@ def decide(folder: ModelFolder, skeleton: Skeleton, names: Names, tuner: BaseTun
         config = {**(config or folder.config), "architectures": [model]}
         added.update({key: known.place_for(key, whole.tensors[key]) for key in whole.new})
     replaced = {key: tensor for key, tensor in whole.tensors.items() if key in known.entries or key in added}
-    return Becoming(tuner.peft_config[NAME], model, folded, replaced, added, config)
+    return Becoming(tuner.peft_config[NAME], model, folded, given, replaced, added, config)
 
 
 def _mergeable(path: str, layer: BaseTunerLayer) -> AdaptedLayer:
@@ -168,6 +172,36 @@ class _Known:
             )
             raise CheckpointError(msg)
         return found[0][1]
+
+    def given(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors of the base that are there on its skeleton, because a checkpoint held them, by key.
+
+        Raises:
+            CheckpointError: The files hold nothing for one, or it is of another form there.
+        """
+        real = {
+            name: tensor
+            for module in model.modules()
+            if id(module) in self.names.places
+            for local, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None and not tensor.is_meta
+            for name in self.own_names(module, local)
+            if name in self.names.aliases
+        }
+        found: dict[str, Tensor] = {}
+        for group in dict.fromkeys(self.names.aliases[name] for name in real):
+            first = next(name for name in group if name in real)
+            keys = [key for name in group if (key := self.key_of([name])) is not None]
+            if not keys:
+                msg = (
+                    f"The base model's files hold no tensor for {first!r}, which the adapter's checkpoint does. "
+                    f"{_INSTEAD}"
+                )
+                raise CheckpointError(msg)
+            for key in keys:
+                self.check(key, real[first].shape, DTYPES)
+                found[key] = real[first]
+        return found
 
     def is_tied(self, folded: Folded, local: str) -> bool:
         """Return whether a parameter of a module is also one of another module."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunerkit.checkpoint.folder import check_folder
-from tunerkit.errors import CheckpointError, LoadWarning
+from tunerkit.errors import CheckpointError, LoadWarning, MergeError
 from tunerkit.functional import loading_for
 from tunerkit.naming import method_id
 from tunerkit.offline.becoming import decide
@@ -23,6 +23,7 @@ from tunerkit.offline.skeleton import open_skeleton
 from tunerkit.offline.tensor_file import DTYPES
 from tunerkit.offline.writing import TensorWriter, bytes_of, check_out, new_folder, write_file
 from tunerkit.plugins import get_method
+from tunerkit.replication import wanted_ranges
 from tunerkit.saved import SavedAdapter
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tunerkit.offline.becoming import Becoming, Folded
+    from tunerkit.offline.tensor_file import Entry
 
 
 @dataclass
@@ -45,7 +47,8 @@ class MergeReport:
         method: The adapter's method.
         model: The class of the model.
         merged: The keys of the tensors into which the adapter was folded.
-        replaced: The keys of those that are the adapter's own, of modules trained as a whole (`modules_to_save`).
+        replaced: The keys of those that the adapter's checkpoint holds itself: of modules trained as a whole
+            (`modules_to_save`), of biases, and of embeddings.
         untouched: How many tensors were copied as they are.
         untied: The keys of tensors that the base's files left out because they were tied to another.
         lacking: Modules that the adapter's config means and of which its checkpoint holds nothing.
@@ -112,8 +115,8 @@ def merge_folder(
         method=method_id(str(becoming.adapter.peft_type)),
         model=becoming.model,
         merged=sorted(merging.merged),
-        replaced=sorted(becoming.replaced),
-        untouched=len(merging.targets) - len(merging.merged) - len(becoming.replaced),
+        replaced=sorted(merging.replaced),
+        untouched=len(merging.targets) - len(merging.merged | merging.replaced),
         untied=sorted(key for key, added in becoming.added.items() if added.tied),
         lacking=list(lacking),
         bytes=merging.total,
@@ -131,6 +134,12 @@ def _decide(folder: ModelFolder, adapter: Path) -> tuple[Becoming, tuple[str, ..
         What they become, and the modules that the config means and of which the checkpoint holds nothing.
     """
     saved = SavedAdapter(adapter, None, None, is_trainable=False, device=None, key_mapping=None)
+    if wanted_ranges(saved.config):
+        msg = (
+            f"The adapter in '{adapter}' repeats layers of the base model (layer_replication), so the merged model "
+            "would have other layers than the files. Load the model, call merge_and_unload() and save that."
+        )
+        raise MergeError(msg)
     owners = owners_of(saved.tensors, get_method(str(saved.config.peft_type)))
     skeleton = open_skeleton(folder.path, saved.config.to_dict(), {owner.path for owner in owners.values()})
     # What the model's parameters are called is asked before the adapter is put between them.
@@ -153,6 +162,7 @@ class _Merging:
         self.sources = folder.where
         self.on_bytes = on_bytes
         self.merged: set[str] = set()
+        self.replaced: set[str] = set()
         self.targets: dict[str, TensorWriter] = {}
         self.done = self.total = 0
         self.writers = []
@@ -170,9 +180,7 @@ class _Merging:
         for one in self.becoming.folded:
             self._fold(one)
         for key, tensor in replaced.items():
-            check_finite(key, tensor)
-            entry = added[key].entry if key in added else self.sources[key].entries[key]
-            self._write(key, [bytes_of(tensor.to(DTYPES[entry.dtype]))])
+            self._replace(key, tensor, added[key].entry if key in added else self.sources[key].entries[key])
         written = {key for one in self.becoming.folded for key in one.results.values()}
         for key in self.targets:
             if key not in written and key not in replaced:
@@ -181,7 +189,7 @@ class _Merging:
             writer.finish()
 
     def _fold(self, one: Folded) -> None:
-        tensors = {local: self.sources[key].read(key) for local, key in one.sources.items()}
+        tensors = {local: self._read(key) for local, key in one.sources.items()}
         changed: dict[str, Tensor] = {}
         for layer in one.layers:
             changed.update(fold_layer(layer, tensors, self.becoming.adapter))
@@ -195,8 +203,24 @@ class _Merging:
             else:
                 self._copy(one.sources[local], key)
 
+    def _read(self, source: str) -> Tensor:
+        given = self.becoming.given.get(source)
+        if given is None:
+            return self.sources[source].read(source)
+        return given.detach().to(DTYPES[self.sources[source].entries[source].dtype], copy=True)
+
     def _copy(self, source: str, key: str) -> None:
-        self._write(key, self.sources[source].chunks(source))
+        """Write a tensor into which nothing is folded."""
+        given = self.becoming.given.get(source)
+        if given is None:
+            self._write(key, self.sources[source].chunks(source))
+        else:
+            self._replace(key, given, self.sources[source].entries[source])
+
+    def _replace(self, key: str, tensor: Tensor, entry: Entry) -> None:
+        check_finite(key, tensor)
+        self._write(key, [bytes_of(tensor.to(DTYPES[entry.dtype]))])
+        self.replaced.add(key)
 
     def _write(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
         self.targets[key].write(key, self._counted(chunks))
