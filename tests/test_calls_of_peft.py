@@ -390,7 +390,9 @@ class TestCard:
         assert "- `default`: IA3, in this folder\n- `b`: LORA, in `b/`\n" in text
         assert not (tmp_path / "b" / "README.md").exists()
 
-    def test_a_folder_of_this_machine_is_no_name(self, tmp_path):
+    def test_a_folder_of_this_machine_is_no_name(self, tmp_path, monkeypatch):
+        (tmp_path / "tests").mkdir()
+        monkeypatch.chdir(tmp_path)
         for name in (str(tmp_path), "./here", "C:\\models\\x", "tests"):
             base = make_base()
             base.name_or_path = name

@@ -198,6 +198,7 @@ def interrupting(merge, victim):
     return interrupted
 
 
+@pytest.mark.filterwarnings("ignore::tunerkit.errors.TyingWarning")
 class TestTiedEmbeddings:
     class Model(nn.Module):
         def __init__(self, *, tied=True) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.alike import run_alike
-from tunerkit.errors import AdapterStateError
+from tunerkit.errors import AdapterStateError, UnsupportedSiteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,6 +93,24 @@ class Adapter(nn.Module):
     def join(self, part: Part) -> None:
         """Take in the part that all adapters of this name share; called once, before the adapter is used."""
         self.__dict__["part"] = part
+
+    def tie(self, other: object) -> None:
+        """Share the tensors of the new adapter of a module that holds the same weight; called before either is used.
+
+        What is trained then stays one, as the weight is: an output layer gives the tokens the vectors that the input
+        embedding gives them.
+
+        Args:
+            other: The other module's adapter, or whatever its method put in there.
+
+        Raises:
+            UnsupportedSiteError: The two cannot share their tensors.
+        """
+        msg = (
+            f"Two modules share a weight, and a {type(self).__name__} cannot share its tensors with a "
+            f"{type(other).__name__} (ensure_weight_tying=True). Leave ensure_weight_tying out, or target neither."
+        )
+        raise UnsupportedSiteError(msg)
 
     def take(self, other: Adapter) -> None:
         """Take over the numbers and settings of another adapter of this class for the same site, in place.

@@ -55,6 +55,7 @@ def attach(
     """
     method = method_id(str(plan.config.peft_type))
     layers: list[BaseTunerLayer] = []
+    adapters: dict[str, object] = {}
     for planned in plan.targets:
         target = _as_it_stands(planned)
         parent, child = target.places[0]
@@ -71,8 +72,10 @@ def attach(
             target.name,
             parameter_name=target.parameter_name,
         )
-        made = make_on_meta(make) if meta else make()
+        made = adapters[target.name] = make_on_meta(make) if meta else make()
         if isinstance(made, Adapter):
+            if target.tied_to is not None:
+                made.tie(adapters[target.tied_to])
             layer: BaseTunerLayer = _put_in_place(made, target, name, owner, method, layer_class)
             if part is not None:
                 made.join(part)

@@ -58,6 +58,7 @@ class CopiedModule(nn.Module, BaseTunerLayer):
         """Run the copy of the adapter that is active, or that this call is routed to; the original if there is none."""
         if CALL.route is not None:
             check_held(self._owner)
+        if BACKWARD or CALL.route is not None:
             rows = current(self._owner)
             if isinstance(rows, Rows) and self._chosen(rows.names) is not None:
                 return self._forward_rows(rows, args, kwargs)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,7 +14,7 @@ from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.checkpoint.base_model import BasePiece, base_modules, file_path
 from tunerkit.errors import AdapterStateError, ConfigError, SaveWarning
 from tunerkit.layer import BaseTunerLayer, tuner_layers
-from tunerkit.model_config import config_of
+from tunerkit.model_config import config_of, embedding_layers
 from tunerkit.naming import listing
 from tunerkit.targeting import bare, places, wants_all_linear
 
@@ -106,13 +105,7 @@ def _own(model: nn.Module, module: nn.Module) -> dict[str, Tensor]:
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
-    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    found: list[Any] = []
-    for getter in getters:
-        # Models of transformers that have none, those of pictures, raise this.
-        with contextlib.suppress(NotImplementedError):
-            found += [getter()] if callable(getter) else []
-    return [layer for layer in found if isinstance(layer, nn.Module)]
+    return [layer for layer in embedding_layers(model) if isinstance(layer, nn.Module)]
 
 
 def _are_targeted(model: nn.Module, config: PeftConfig) -> bool:

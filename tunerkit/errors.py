@@ -103,6 +103,10 @@ class ConfigWarning(TunerkitWarning):
     """A setting was corrected, or has no effect."""
 
 
+class TyingWarning(TunerkitWarning):
+    """Modules that share a weight are trained so that they come to differ, or none are where they were to be tied."""
+
+
 class LoadWarning(TunerkitWarning):
     """A checkpoint was loaded although tensors were missing or left over (`strict=False`)."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from tunerkit.adapted_layer import AdaptedLayer
@@ -14,8 +15,9 @@ from tunerkit.errors import MergeError, MergeWarning
 from tunerkit.folding import fold, merge_order
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.model_config import embedding_layers
 from tunerkit.naming import listing
-from tunerkit.targeting import places
+from tunerkit.targeting import bare, places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +108,7 @@ def merge_for_good(
         for layer in layers:
             trainable += [heir for old, heir in layer.merge_for_good(list(names)) if id(old) in trained]
             advance()
-    _untie(model)
+    _untie(model, trainable)
 
 
 @contextlib.contextmanager
@@ -172,15 +174,26 @@ def check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
             raise MergeError(msg)
 
 
-def _untie(model: nn.Module) -> None:
-    """Tell a transformers model that its embeddings are not tied any more, if merging into one made them differ."""
+def _untie(model: nn.Module, trainable: list[nn.Parameter]) -> None:
+    """Tie a transformers model's embeddings again if they became the same, or tell it that they are not tied any more.
+
+    Args:
+        model: The base model.
+        trainable: Its parameters that are to train; what is given up is left out.
+    """
     config = getattr(model, "config", None)
-    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
-    if not getattr(config, "tie_word_embeddings", False) or not all(callable(getter) for getter in getters):
+    if not getattr(config, "tie_word_embeddings", False):
         return
-    embeddings: list[Any] = [getter() for getter in getters]  # type: ignore[misc]
+    embeddings = embedding_layers(model)
     weights = [None if module is None else getattr(module, "weight", None) for module in embeddings]
-    if all(weight is not None for weight in weights) and weights[0] is not weights[1]:
+    first, second = weights
+    if first is not None and second is not None and first is not second:
+        holder = bare(embeddings[1])._parameters
+        same = first.device == second.device and torch.equal(first, second)
+        if same and holder.get("weight") is second:
+            holder["weight"] = first
+            trainable[:] = [parameter for parameter in trainable if parameter is not second]
+            return
         config.tie_word_embeddings = False  # type: ignore[union-attr]
         msg = (
             "Merging into one of two tied embeddings made them differ, so the model's config says "

@@ -33,3 +33,18 @@ def config_dict(model: nn.Module, default: dict[str, Any] | None = None) -> dict
     if isinstance(config, dict):
         return dict(CUSTOM, **config)
     return dict(CUSTOM if default is None else default)
+
+
+def embedding_layers(model: Any) -> tuple[Any, Any]:
+    """Return what a model says its input and its output embeddings are, each None if it does not say or has none."""
+    return _asked(model, "get_input_embeddings"), _asked(model, "get_output_embeddings")
+
+
+def _asked(model: Any, call: str) -> Any:
+    getter = getattr(model, call, None)
+    if not callable(getter):
+        return None
+    try:
+        return getter()
+    except NotImplementedError:  # Models of images have the call and no answer.
+        return None

@@ -13,7 +13,7 @@ from tunerkit.advice import closest_to, nothing_matched
 from tunerkit.config import PeftConfig
 from tunerkit.errors import NoMatchingPeftModuleError, PluginError, TargetError, UnsupportedSiteError
 from tunerkit.matching import Chooser, Matcher, Verdict
-from tunerkit.modules_to_save import WholeModules
+from tunerkit.modules_to_save import WholeModules, tied_copies
 from tunerkit.naming import listing
 from tunerkit.sites import make_site, site_class
 from tunerkit.targeting import (
@@ -28,6 +28,7 @@ from tunerkit.targeting import (
     places,
     wants_all_linear,
 )
+from tunerkit.tying import modules_that_share, remarks_on_ties
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from tunerkit.modules_to_save import WholeModule
     from tunerkit.sites import Site
     from tunerkit.targeting import Place
+    from tunerkit.tying import Shared
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class Target:
-    """A module that is to be adapted, with every place at which it stands."""
+    """A module that is to be adapted, with every place at which it stands.
+
+    `tied_to` is the name of the target, earlier in the plan, with whose adapter its own is to share the tensors.
+    """
 
     name: str
     module: nn.Module
     places: tuple[tuple[nn.Module, str], ...]
     parameter_name: str | None = None
+    tied_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Plan:
         targets: The modules to adapt.
         copies: The modules of which the adapter gets copies that are trained and saved as a whole.
         unsaved: The entries of `modules_to_save` that matched nothing.
+        ties: What is to be known of weights that modules share, in words.
     """
 
     config: PeftConfig
@@ -88,6 +95,7 @@ class Plan:
     targets: tuple[Target, ...] = field(repr=False)
     copies: tuple[WholeModule, ...] = field(repr=False)
     unsaved: tuple[str, ...]
+    ties: tuple[str, ...] = ()
 
     @property
     def adapted(self) -> list[str]:
@@ -127,7 +135,7 @@ class Plan:
         copied = sum(item.verdict == "copied" for item in self.decisions)
         saved = f", {copied} copied" if copied else ""
         total = f"{len(self.adapted)} of {len(self.decisions)} modules adapted{saved}, {left} not matched"
-        return "\n".join([*lines, total, *self.unmatched(), *self.corrections])
+        return "\n".join([*lines, total, *self.unmatched(), *self.corrections, *self.ties])
 
 
 def make_plan(
@@ -189,6 +197,7 @@ def make_plan(
             whole.check_free(key)
         for target in found:
             _note(targets, decisions, key, target, (verdict, reason))
+    ties = _tied(model, config, targets, decisions, whole)
     plan = Plan(
         config,
         tuple(decisions),
@@ -200,6 +209,7 @@ def make_plan(
         tuple(targets.values()),
         whole.modules,
         tuple(whole.unmatched()),
+        tuple(ties),
     )
     if not targets:
         raise NoMatchingPeftModuleError(nothing_matched(model, plan, state_keys is not None))
@@ -240,6 +250,41 @@ def _note(
         decisions.append(Decision(key, type(bare(module)).__name__, verdict, reason))
     elif verdict == "adapted":
         decisions.append(Decision(f"{key}.{parameter}", "Parameter", verdict, reason))
+
+
+def _tied(
+    model: nn.Module,
+    config: PeftConfig,
+    targets: dict[tuple[int, str | None], Target],
+    decisions: list[Decision],
+    whole: WholeModules,
+) -> list[str]:
+    """Tie the targets that share a weight if the config asks for it; return what is to be known of such weights."""
+    if not hasattr(config, "ensure_weight_tying"):
+        return []
+    shared = modules_that_share(model)
+    changed = {base for base, _ in targets} | {id(bare(one.module)) for one in whole.modules}
+    for group in shared if tied_copies(config) else ():
+        _tie(targets, decisions, group, whole)
+    return remarks_on_ties(shared, changed, tied=tied_copies(config))
+
+
+def _tie(
+    targets: dict[tuple[int, str | None], Target], decisions: list[Decision], group: Shared, whole: WholeModules
+) -> None:
+    """Adapt all modules of a group if one of them is targeted, and tie them to the first."""
+    first, *others = dict.fromkeys((id(bare(module)), None) for _, module, _, _ in group)
+    if targets.keys().isdisjoint([first, *others]):
+        return
+    for key, module, parent, name in group:
+        if (id(bare(module)), None) not in targets:
+            whole.check_free(key)
+            reason = f"shares its weight with {listing(other for other, _, _, _ in group if other != key)}"
+            found = next(index for index, one in enumerate(decisions) if one.name == key)
+            decisions[found] = dataclasses.replace(decisions[found], verdict="adapted", reason=reason)
+            targets[id(bare(module)), None] = Target(key, module, ((parent, name),))
+    for spot in others:  # after what they are tied to
+        targets[spot] = dataclasses.replace(targets.pop(spot), tied_to=targets[first].name)
 
 
 def _prepared(chooser: Chooser, config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:

@@ -12,6 +12,7 @@ from torch import nn
 from tunerkit.errors import AdapterStateError, ConfigError, KeywordWarning
 from tunerkit.journal import Journal
 from tunerkit.layer import tuner_layers
+from tunerkit.model_config import embedding_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -48,10 +49,11 @@ def prepare_model_for_gradient_checkpointing(model: nn.Module) -> nn.Module:
 
 def enable_input_gradients(model: Any) -> None:
     """Make the output of a model's input embeddings need a gradient, if it says which they are."""
+    embeddings, _ = embedding_layers(model)
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    elif hasattr(model, "get_input_embeddings"):
-        model.get_input_embeddings().register_forward_hook(_require_gradient)
+    elif embeddings is not None:
+        embeddings.register_forward_hook(_require_gradient)
 
 
 def _require_gradient(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:

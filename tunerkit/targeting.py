@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from tunerkit.config import TaskType
 from tunerkit.errors import TargetError
 from tunerkit.layer import BaseTunerLayer
+from tunerkit.model_config import embedding_layers
 from tunerkit.sites import site_class
 
 if TYPE_CHECKING:
@@ -204,8 +205,7 @@ def correct_orientation(config: PeftConfig, modules: list[nn.Module]) -> tuple[s
 
 
 def _output_layers(model: nn.Module, config: PeftConfig) -> list[Any]:
-    getter = getattr(model, "get_output_embeddings", None)
-    output = getter() if callable(getter) else None
+    _, output = embedding_layers(model)
     if output is not None:
         return [bare(output)]
     if config.task_type == TaskType.SEQ_CLS:

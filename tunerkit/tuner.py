@@ -16,6 +16,7 @@ from tunerkit.errors import (
     ConfigError,
     ConfigWarning,
     TargetWarning,
+    TyingWarning,
     UnknownAdapterError,
     UnknownMethodError,
 )
@@ -198,7 +199,12 @@ class BaseTuner(HookCalls, RoutedModel):
                 via_hook=not overrides_hooks(type(face)),
                 meta=low_cpu_mem_usage,
             )
+            # Copies are of the base model's own, without the biases that another adapter trains.
+            shown = self.biases.shown
+            self.biases.note(journal)
+            self.biases.show(trained=False)
             layers += put_copies(plan.copies, adapter_name, self.owner, journal, tied=tied_copies(plan.config))
+            self.biases.show(trained=shown)
             if which is not None:
                 self.biases = Biases(adapter_name, which, model)
             self.peft_config[adapter_name] = plan.config
@@ -213,6 +219,8 @@ class BaseTuner(HookCalls, RoutedModel):
                 warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=2)
             for sentence in plan.corrections:
                 warnings.warn(ConfigWarning(f"{sentence}; it was corrected in the completed config."), stacklevel=2)
+            for sentence in plan.ties:
+                warnings.warn(TyingWarning(sentence), stacklevel=2)
 
     def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool) -> Part | None:
         declared = _declared(face, plan.config)

@@ -15,6 +15,9 @@ from tunerkit.errors import CheckpointError
 from tunerkit.offline import skeleton
 from tunerkit_lora import LoraConfig
 
+# One side of a tie is what is merged here.
+pytestmark = pytest.mark.filterwarnings("ignore::tunerkit.errors.TyingWarning")
+
 
 @pytest.fixture
 def run(monkeypatch):

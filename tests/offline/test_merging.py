@@ -231,6 +231,7 @@ class TestNames:
         assert not out.exists()
 
 
+@pytest.mark.filterwarnings("ignore::tunerkit.errors.TyingWarning")
 class TestTies:
     @pytest.mark.parametrize("shards", [None, "20KB"])
     @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

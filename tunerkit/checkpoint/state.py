@@ -247,12 +247,19 @@ class Loading:
             self._assignments.append(_Assignment(piece, local, value))
 
     def write(self) -> None:
-        """Put the tensors that fit into the adapter; if anything goes wrong on the way, it keeps the values it had."""
+        """Put the tensors that fit into the adapter; if anything goes wrong on the way, it keeps the values it had.
+
+        Raises:
+            CheckpointError: Adapters share a tensor, of which the checkpoint holds two different versions.
+        """
+        given: dict[int, _Assignment] = {}
+        made: dict[int, nn.Parameter] = {}
         with torch.no_grad(), Journal() as journal:
             for item in self._assignments:
                 own = item.piece.tensors[item.local]
+                _check_alike(item, given.setdefault(id(own), item))
                 if own.is_meta:
-                    _replace(item, own, journal)
+                    _replace(item, own, journal, made)
                 else:
                     journal.note_values(own)
                     own.copy_(item.value)
@@ -264,14 +271,27 @@ def _known(key: str, expected: set[str]) -> str:
     return next((form for form in forms if form in expected), key)
 
 
-def _replace(item: _Assignment, own: Tensor, journal: Journal) -> None:
+def _check_alike(item: _Assignment, earlier: _Assignment) -> None:
+    if item is not earlier and not torch.equal(item.value, earlier.value):
+        keys = [one.piece.key(one.local) for one in (earlier, item)]
+        msg = (
+            f"{keys[0]} and {keys[1]} are one tensor of the model (ensure_weight_tying=True), and the checkpoint holds "
+            "two that differ: they were not tied in training. Load it with a config that says "
+            "ensure_weight_tying=False and whose target_modules name all the layers."
+        )
+        raise CheckpointError(msg)
+
+
+def _replace(item: _Assignment, own: Tensor, journal: Journal, made: dict[int, nn.Parameter]) -> None:
+    """Put a tensor with the values in the place of one on the meta device; the same in all places of that."""
     parent, _, leaf = item.piece.named(item.local).rpartition(".")
     module = item.piece.holder.get_submodule(parent)
     device = _device_of(item.piece.holder)
     value = item.value.to(device=device, dtype=own.dtype, copy=True)
     if isinstance(own, nn.Parameter):
         journal.note(module._parameters.__setitem__, leaf, own)
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=own.requires_grad)
+        new = made.setdefault(id(own), nn.Parameter(value, requires_grad=own.requires_grad))
+        module._parameters[leaf] = new
     else:
         journal.note(module._buffers.__setitem__, leaf, own)
         module._buffers[leaf] = value

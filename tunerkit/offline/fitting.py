@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.checkpoint.state import PREFIX
-from tunerkit.errors import CheckpointError, NoMatchingPeftModuleError, TunerkitError
+from tunerkit.errors import CheckpointError, NoMatchingPeftModuleError, TunerkitError, TyingWarning
 from tunerkit.functional import cast_adapter_dtype, loading_for
 from tunerkit.naming import closest, listing
 from tunerkit.offline.keys import by_number, owners_of
@@ -153,7 +154,10 @@ def _attach(
     # Keys say neither which parameter of a module is meant nor, without the names of a method's entries, which module.
     by_config = getattr(config, "target_parameters", None) or (method.adapter is None and not kind.prefix)
     by_config = by_config or meant.keys() == held
-    tuner = kind(model, config, NAME, low_cpu_mem_usage=True, state_dict=None if by_config else dict(tensors))
+    with warnings.catch_warnings():
+        # Said to who trains; what merging does to weights that are shared is in the report.
+        warnings.simplefilter("ignore", TyingWarning)
+        tuner = kind(model, config, NAME, low_cpu_mem_usage=True, state_dict=None if by_config else dict(tensors))
     cast_adapter_dtype(tuner, NAME)
     return tuner, () if by_config else tuple(name for module, name in meant.items() if module not in held)
 

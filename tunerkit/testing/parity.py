@@ -210,9 +210,16 @@ class Pair:
 
 
 def moved_tensors(peft_model: nn.Module, adapter_name: str, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return the tensors of one of PEFT's adapters, each element moved by 0.1 to 0.3 up or down."""
+    """Return the tensors of one of PEFT's adapters, each element moved by 0.1 to 0.3 up or down.
+
+    Tensors that are one, those of tied copies, are moved alike.
+    """
     state = _peft().get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {key: tensor + _noise(tensor, generator) for key, tensor in sorted(state.items())}
+    moved: dict[int, Tensor] = {}
+    for _, tensor in sorted(state.items()):
+        if tensor.data_ptr() not in moved:
+            moved[tensor.data_ptr()] = tensor + _noise(tensor, generator)
+    return {key: moved[tensor.data_ptr()] for key, tensor in sorted(state.items())}
 
 
 def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,8 +22,12 @@ from tunerkit.testing.parity import (
     quiet,
     run,
 )
-from tunerkit_ia3 import IA3Config
 from tunerkit_lora import LoraConfig
+
+
+def ia3_config(**settings):
+    ia3 = pytest.importorskip("tunerkit_ia3", reason="a second method to mix with: tunerkit-ia3")
+    return ia3.IA3Config(**settings)
 
 
 class Model(nn.Module):
@@ -296,7 +300,7 @@ class TestFiles:
         model = trained(base)
         state = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
         model.add_adapter("b", lora("none", "high"))
-        model.add_adapter("c", IA3Config(target_modules=["low"], feedforward_modules=[]))
+        model.add_adapter("c", ia3_config(target_modules=["low"], feedforward_modules=[]))
         assert_same_tensors(get_peft_model_state_dict(model), state)
         model.set_adapter("b")
         assert_same_tensors(get_peft_model_state_dict(model), state)
@@ -310,7 +314,7 @@ class TestFiles:
     def test_of_a_layer_whose_bias_is_merged(self, base, inputs):
         model = trained(base, "lora_only")
         state = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
-        model.add_adapter("c", IA3Config(target_modules=["low"], feedforward_modules=[], init_ia3_weights=False))
+        model.add_adapter("c", ia3_config(target_modules=["low"], feedforward_modules=[], init_ia3_weights=False))
         model.set_adapter(["c", "default"])
         model.merge_adapter(["c"])
         own = model.base_model.model.low.base_layer.bias
@@ -350,7 +354,7 @@ class TestMerging:
     def test_with_an_adapter_that_changes_them(self, base, inputs):
         plain = run(base, inputs)
         model = trained(base)
-        model.add_adapter("c", IA3Config(target_modules=["low"], feedforward_modules=[], init_ia3_weights=False))
+        model.add_adapter("c", ia3_config(target_modules=["low"], feedforward_modules=[], init_ia3_weights=False))
         model.set_adapter(["default", "c"])
         output = run(model, inputs)
         model.merge_adapter()
@@ -496,3 +500,15 @@ def test_a_failure_on_the_way_leaves_all_as_it_was(base, inputs, monkeypatch):
         assert before.differences(model) == []
         assert torch.equal(run(model, inputs), output)
         assert model.base_model.biases.shown
+
+
+def test_a_copied_module_has_the_bases_own_biases():
+    base = Model()
+    own = base.high.bias.detach().clone()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["low"], bias="all"), "one")
+    with torch.no_grad():
+        model.get_base_model().high.bias.add_(1)
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["low"], modules_to_save=["high"]))
+    high = model.get_base_model().high
+    assert torch.equal(high.modules_to_save["two"].bias, own)
+    assert torch.equal(high.original_module.bias, own + 1)

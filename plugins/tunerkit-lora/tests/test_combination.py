@@ -265,9 +265,76 @@ def test_grouped_convolutions_have_no_product_to_combine():
     assert list(model.peft_config) == ["one", "two", "new"]
 
 
+def test_dora_is_refused():
+    model = tunerkit.get_peft_model(base(), config(use_dora=True), "one")
+    before = Snapshot.of(model)
+    with pytest.raises(CombinationError, match=r"'one' learns magnitudes \(use_dora=True\).*Merge it instead"):
+        model.add_weighted_adapter(["one"], [1], "new")
+    assert before.differences(model) == []
+
+
 def test_adapters_of_another_kind_are_named():
     ia3 = pytest.importorskip("tunerkit_ia3", reason="a second method to mix with: tunerkit-ia3")
     model = tunerkit.get_peft_model(base(), config(targets=["last"]), "one")
     model.add_adapter("other", ia3.IA3Config(target_modules=["last"], feedforward_modules=[]))
     with pytest.raises(CombinationError, match="'one' is of the type LORA and 'other' of IA3"):
         add_combined(model.base_model, ["one", "other"], [1, 1], "new", None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bias": "all"}, "'two' trains the base model's biases (bias='all'), which cannot be combined."),
+        (
+            {"use_dora": True},
+            "'two' learns magnitudes (use_dora=True), which cannot be combined into factors. Merge it instead.",
+        ),
+        (
+            {"target_modules": None, "target_parameters": ["last.weight"]},
+            "'two' adapts bare parameters (target_parameters), which cannot be combined.",
+        ),
+    ],
+)
+def test_adapters_that_are_more_than_factors_are_refused(values, message):
+    model = tunerkit.get_peft_model(base(), config(targets=["mix"]), "one")
+    model.add_adapter("two", LoraConfig(r=4, **{"target_modules": ["last"], **values}))
+    before = Snapshot.of(model)
+    with pytest.raises(CombinationError) as error:
+        model.add_weighted_adapter(["one", "two"], [1, 1], "new")
+    assert str(error.value) == message
+    assert before.differences(model) == []
+
+
+def test_a_module_that_one_of_them_trains_whole_goes_along():
+    model = tunerkit.get_peft_model(base(), config(targets=["mix"]), "one").eval()
+    model.add_adapter("two", config(targets=["mix"], modules_to_save=["last"]))
+    with torch.no_grad():
+        model.get_base_model().last.modules_to_save["two"].bias += 1
+    model.add_weighted_adapter(["one", "two"], [0, 1], "new", "cat")
+    model.set_adapter("two")
+    expected = run(model, TOKENS)
+    model.set_adapter("new")
+    assert model.peft_config["new"].modules_to_save == ["last"]
+    assert_close(run(model, TOKENS), expected)
+
+
+def test_modules_that_two_of_them_train_whole_are_not_combined():
+    model = tunerkit.get_peft_model(base(), config(targets=["mix"], modules_to_save=["last"]), "one")
+    model.add_adapter("two", config(targets=["mix"], modules_to_save=["last"]))
+    before = Snapshot.of(model)
+    with pytest.raises(CombinationError, match="'one', 'two' each hold a ModulesToSaveWrapper of their own at 'last'"):
+        model.add_weighted_adapter(["one", "two"], [1, 1], "new")
+    assert before.differences(model) == []
+
+
+def test_the_output_projection_of_an_attention_layer_is_combined_with_its_own_scale():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0, batch_first=True).eval()
+    model = tunerkit.get_peft_model(layer, LoraConfig(r=2, target_modules=["self_attn"]), "one").eval()
+    fill(model)
+    x = {"src": torch.randn(2, 3, 8)}
+    expected = run(model, x)
+    for kind in ("linear", "cat"):
+        model.add_weighted_adapter(["one", "one"], [0.25, 0.75], kind, "cat")
+        model.set_adapter(kind)
+        assert_close(run(model, x), expected)

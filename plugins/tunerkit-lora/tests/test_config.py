@@ -29,7 +29,6 @@ UNBUILT = {
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 0.1},
-    "ensure_weight_tying": True,
 }
 BUILT = {
     "r": 4,
@@ -49,6 +48,7 @@ BUILT = {
     "rank_pattern": {"head": 2},
     "alpha_pattern": {"head": 2.5},
     "lora_bias": True,
+    "ensure_weight_tying": True,
     "task_type": "CAUSAL_LM",
     "revision": "main",
 }

@@ -1,6 +1,7 @@
 """Embeddings of the base model in checkpoints, here and in PEFT."""
 
 import copy
+import types
 import warnings
 
 import pytest
@@ -243,3 +244,27 @@ def test_an_injected_adapter(base):
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), base)
     state = get_peft_model_state_dict(base, save_embedding_layers=True)
     assert {key for key in state if "lora" not in key} == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+class Pictures(nn.Module):
+    """Has transformers' calls for embeddings and no answer to them, as its models of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(tie_word_embeddings=True, to_dict=dict)
+        self.head = nn.Linear(3, 2)
+
+    def get_input_embeddings(self):
+        raise NotImplementedError
+
+    get_output_embeddings = get_input_embeddings
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def test_a_model_that_does_not_know_its_embeddings_is_saved_and_merged(tmp_path):
+    model = get_peft_model(Pictures(), LoraConfig(r=2, target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(Pictures(), tmp_path)
+    assert type(model.merge_and_unload().head) is nn.Linear

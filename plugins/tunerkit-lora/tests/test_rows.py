@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tunerkit import get_peft_model
 from tunerkit.errors import RouteError, UnknownAdapterError
 from tunerkit.testing.bench import move
 from tunerkit.testing.parity import MOVED, Pair, assert_close
-from tunerkit_ia3 import IA3Config
 from tunerkit_lora import LoraConfig
+
+peft = pytest.importorskip("peft", reason="comparing with PEFT needs it: pip install peft")
+transformers = pytest.importorskip("transformers", reason="PEFT's models to compare on are those of transformers")
+ia3 = pytest.importorskip("tunerkit_ia3", reason="a second method to compare: tunerkit-ia3")
 
 ROWS = ["one", "two", "__base__", "two"]
 IDS = torch.randint(2, 50, (4, 5), generator=torch.Generator().manual_seed(0))
@@ -20,7 +22,7 @@ CALL = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_token
 
 def llama():
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=50,
         hidden_size=16,
         intermediate_size=32,
@@ -31,12 +33,12 @@ def llama():
         pad_token_id=0,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval(), ["q_proj", "v_proj", "embed_tokens"], {"input_ids": IDS}
+    return transformers.LlamaForCausalLM(config).eval(), ["q_proj", "v_proj", "embed_tokens"], {"input_ids": IDS}
 
 
 def t5():
     torch.manual_seed(0)
-    config = T5Config(
+    config = transformers.T5Config(
         vocab_size=50,
         d_model=16,
         d_kv=8,
@@ -48,7 +50,7 @@ def t5():
         eos_token_id=None,
     )
     inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}
-    return T5ForConditionalGeneration(config).eval(), ["q", "v", "wi"], inputs
+    return transformers.T5ForConditionalGeneration(config).eval(), ["q", "v", "wi"], inputs
 
 
 @pytest.fixture(params=[llama, t5])
@@ -157,7 +159,7 @@ def test_disabled(pair):
 
 def test_other_methods_follow_the_names_too():
     base, _, inputs = llama()
-    config = IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[])
+    config = ia3.IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[])
     pair = Pair(base, config, inputs, "one")
     pair.add("two", config)
     with torch.no_grad():

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tunerkit.adapter import add_low_rank, add_low_rank_rows, have_plain_weights, linear
+from tunerkit.errors import AdapterStateError, ConfigError
 from tunerkit.sites import twin
 from tunerkit_lora.base import LowRankAdapter
+from tunerkit_lora.embedding import LoraEmbedding
 from tunerkit_lora.factors import starting_bias, starting_factors
+from tunerkit_lora.tying import Transposed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from typing_extensions import Self
 
+    from tunerkit.adapter import Adapter
     from tunerkit.rows import Groups
     from tunerkit.sites import Below, Site
     from tunerkit_lora.config import LoraConfig
 
-    Factor = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    Factor = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
 
 
 class LoraAdapter(LowRankAdapter):
@@ -39,6 +45,7 @@ class LoraAdapter(LowRankAdapter):
         super().__init__(site, config)
         first, second = starting_factors(site, self.r, config)
         self.lora_A, self.lora_B = self.make_layers(site, first, second, starting_bias(site, self.r, config))
+        self.own_start = isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"
         if not config.trains_second:
             self.lora_B.requires_grad_(requires_grad=False)
 
@@ -85,7 +92,8 @@ class LoraAdapter(LowRankAdapter):
         first, second = self.pair()
         if gain is not None:
             weight: Tensor = second.weight  # type: ignore[assignment]
-            second = twin(second, weight=gain.reshape(-1, *(1 for _ in weight.shape[1:])) * weight)
+            grown = gain.reshape(-1, *(1 for _ in weight.shape[1:])) * weight
+            second = twin(second, weight=grown.t() if self.tied else grown)
         return add_low_rank(y, x, first, second, self.scaling)
 
     @classmethod
@@ -99,3 +107,67 @@ class LoraAdapter(LowRankAdapter):
         dropped = F.dropout(x, rate) if rate else x
         scalings = [adapter.scaling for adapter in adapters]
         return add_low_rank_rows(below(x), dropped, downs, ups, scalings, groups.position_of_rows(x.device))
+
+    # Tied weights: one pair of factors for an embedding and for the layer that holds its table too
+
+    @property
+    def tied(self) -> bool:
+        """Whether the factors are those of an embedding's adapter."""
+        return isinstance(self.lora_A, Transposed)
+
+    def tie(self, other: object) -> None:
+        """Share the factors of an embedding's adapter: its ``B^T`` as ``A`` and its ``A^T`` as ``B``.
+
+        As in PEFT both start as this adapter does, so that an untrained ``A`` is not larger than on a linear layer.
+
+        Raises:
+            UnsupportedSiteError: The other is no embedding's adapter.
+            ConfigError: The start is one that belongs to a single layer, or ranks or scales differ.
+        """
+        if not isinstance(other, LoraEmbedding):
+            super().tie(other)
+            return
+        if self.own_start:
+            msg = (
+                "ensure_weight_tying=True needs factors that start the same on both of two tied layers: set "
+                "init_lora_weights to True, False or 'gaussian'."
+            )
+            raise ConfigError(msg)
+        ours, theirs = (self.r, self.scaling), (other.r, other.scaling)
+        if ours != theirs:
+            msg = (
+                f"rank_pattern or alpha_pattern give two tied layers other ranks or scales: {theirs} and {ours} "
+                "(ensure_weight_tying=True). Give both the same."
+            )
+            raise ConfigError(msg)
+        with torch.no_grad():
+            other.lora_embedding_B.copy_(self.lora_A.weight.t())
+            other.lora_embedding_A.copy_(self.lora_B.weight.t())
+        self.lora_A, self.lora_B = Transposed(other.lora_embedding_B), Transposed(other.lora_embedding_A)
+
+    def take(self, other: Adapter) -> None:
+        """Take over another adapter; see `Adapter.take`. Where the factors are tied, it is brought to their form."""
+        if self.tied and isinstance(other, LoraAdapter) and not other.tied:
+            pair = (nn.Parameter(factor.weight.detach().t()) for factor in (other.lora_A, other.lora_B))
+            other.lora_A, other.lora_B = (Transposed(factor) for factor in pair)
+        super().take(other)
+
+    def _hold(self, rank: int) -> None:
+        if self.tied and rank != self.room:
+            msg = (
+                f"The factors of an adapter are tied to an embedding's (ensure_weight_tying=True), so their rank stays "
+                f"{self.room} and cannot become {rank}. Load the other as another adapter."
+            )
+            raise AdapterStateError(msg)
+        super()._hold(rank)
+
+    def to_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors as those of an adapter by itself; see `Adapter.to_checkpoint`."""
+        return self._turned(tensors) if self.tied else super().to_checkpoint(tensors)
+
+    def from_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a checkpoint's tensors in the form in which this adapter holds them."""
+        return self._turned(tensors) if self.tied else super().from_checkpoint(tensors)
+
+    def _turned(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**tensors, **{key: tensors[key].t() for key in self.factor_keys}}

@@ -109,8 +109,13 @@ class LowRankAdapter(AdditiveAdapter):
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """The second factor, out x rank, and the first, rank x in, flattened; the very tensors."""
-        down, up = (self.get_parameter(key).flatten(1) for key in self.factor_keys)
+        down, up = (self.factor(key).flatten(1) for key in self.factor_keys)
         return up, down
+
+    def factor(self, key: str) -> Tensor:
+        """Return the factor under a key, of which a tied one is the transpose of what another adapter holds."""
+        module, _, leaf = key.rpartition(".")
+        return getattr(self.get_submodule(module), leaf)  # type: ignore[no-any-return]
 
     @property
     def factor_bias(self) -> Tensor | None:
@@ -126,7 +131,7 @@ class LowRankAdapter(AdditiveAdapter):
     @property
     def room(self) -> int:
         """The rank that the factors have room for: `r`, or more while they are filled up with zeros."""
-        return len(self.get_parameter(self.factor_keys[0]))
+        return len(self.factor(self.factor_keys[0]))
 
     def resize(self, first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Return the factors filled up with zeros, or cut, to a rank."""

@@ -177,7 +177,8 @@ def _refuse_groups(path: str, new: LowRankAdapter, kind: str) -> None:
 def _write(new: LowRankAdapter, up: Tensor, down: Tensor) -> None:
     """Give an adapter its factors; where they have a smaller rank the rest is zero."""
     own_up, own_down = new.factors
-    own_up.copy_(F.pad(up, (0, own_up.shape[1] - up.shape[1])))
+    # The scales of the others are in the factors, and its own, which need not be 1, comes on top.
+    own_up.copy_(F.pad(up, (0, own_up.shape[1] - up.shape[1])) / new.initial_scaling)
     own_down.copy_(F.pad(down, (0, 0, 0, own_down.shape[0] - down.shape[0])))
 
 
@@ -187,4 +188,4 @@ def _write_bias(new: LowRankAdapter, here: Weighted) -> None:
         bias.zero_()
         for adapter, weight in here:
             if adapter.factor_bias is not None:
-                bias.add_(adapter.factor_bias, alpha=weight * float(adapter.scaling))
+                bias.add_(adapter.factor_bias, alpha=weight * float(adapter.scaling) / new.initial_scaling)

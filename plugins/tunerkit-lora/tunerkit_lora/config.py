@@ -95,7 +95,9 @@ class LoraConfig(PeftConfig):
         use_bdlora: Settings of block-diagonal factors (BD-LoRA). *(not built)*
         arrow_config: Settings of Arrow's routing between adapters. *(not built)*
         kasa_config: Settings of KaSA. *(not built)*
-        ensure_weight_tying: Whether tied layers get tied adapters. *(not built)*
+        ensure_weight_tying: Whether modules that share a weight with one that is adapted, or saved as a whole, are too,
+            with the same tensors: the input embedding and the output layer of many language models. Their factors
+            start as those of a linear layer do, with `init_lora_weights` at `True`, `False` or `"gaussian"`.
 
     Raises:
         ConfigError: A setting has the wrong type or is out of range, or asks for something that is not built.
@@ -136,7 +138,7 @@ class LoraConfig(PeftConfig):
     use_bdlora: dict[str, Any] | None = unbuilt(None)
     arrow_config: dict[str, Any] | None = unbuilt(None)
     kasa_config: dict[str, Any] | None = unbuilt(None)
-    ensure_weight_tying: bool = unbuilt(default=False)
+    ensure_weight_tying: bool = False
 
     _patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 

@@ -68,5 +68,13 @@ class LoraEmbedding(LowRankAdapter):
     def added(self, y: Tensor, x: Tensor, base: Site, gain: Tensor | None = None) -> Tensor:
         """Return an output of the layer with the update added; see `LowRankAdapter.added`."""
         second = self.lora_embedding_B if gain is None else gain[:, None] * self.lora_embedding_B
-        rows: Tensor = base.look_up(x, self.lora_embedding_A.T) @ second.T  # type: ignore[attr-defined]
+        found: Tensor = base.look_up(x, self.lora_embedding_A.T)  # type: ignore[attr-defined]
+        rows = found @ second.T.to(found.dtype)
         return y + (self.scaling * rows).to(y.dtype)
+
+    def tie(self, other: object) -> None:
+        """Share the factors of another embedding with the same table; see `Adapter.tie`."""
+        if not isinstance(other, LoraEmbedding):
+            super().tie(other)
+            return
+        self.lora_embedding_A, self.lora_embedding_B = other.lora_embedding_A, other.lora_embedding_B

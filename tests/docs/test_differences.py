@@ -1,0 +1,74 @@
+"""Every difference from PEFT that the documentation tells is shown by a test, which it names.
+
+An entry of `docs/differences.md` is a point of one of its lists. It ends with a comment that names the tests,
+`<!-- tests: tests/test_model.py::test_something -->`; a test may also be a method, `file::Class::test`.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "differences.md"
+ENTRY = re.compile(r"^- (?:.+\n)(?:^ .*\n|^\n(?= ))*", re.MULTILINE)
+TESTS = re.compile(r"<!-- tests: (?P<tests>.+?) -->", re.DOTALL)
+
+
+def entries_of(text):
+    return [match[0] for match in ENTRY.finditer(text)]
+
+
+def name_of(entry):
+    return " ".join(entry.removeprefix("- ").split())[:60]
+
+
+def named_in(entry):
+    return [name for found in TESTS.finditer(entry) for name in found["tests"].split()]
+
+
+def is_there(reference):
+    """Say whether a file defines the test that a reference names."""
+    file, *names = reference.split("::")
+    path = ROOT / file
+    if not names or not path.is_file():
+        return False
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    for name in names:
+        found = [node for node in body if getattr(node, "name", None) == name]
+        if not found:
+            return False
+        body = getattr(found[0], "body", [])
+    return names[-1].startswith("test_")
+
+
+ENTRIES = entries_of(PAGE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=name_of)
+def test_an_entry_names_tests_that_are_there(entry):
+    tests = named_in(entry)
+    assert tests, "no test shows it"
+    assert [test for test in tests if not is_there(test)] == []
+
+
+def test_all_points_are_entries():
+    text = PAGE.read_text(encoding="utf-8")
+    assert len(ENTRIES) == len(re.findall(r"^- ", text, re.MULTILINE)) > 20
+
+
+@pytest.mark.parametrize(
+    ("reference", "there"),
+    [
+        ("tests/docs/test_differences.py::test_all_points_are_entries", True),
+        ("tests/docs/test_differences.py::is_there", False),
+        ("tests/docs/test_differences.py::test_nothing", False),
+        ("tests/docs/test_differences.py", False),
+        ("tests/none.py::test_nothing", False),
+        ("tests/test_plan.py::TestUnsupported::test_default_target", True),
+        ("tests/test_plan.py::TestUnsupported::test_nothing", False),
+    ],
+)
+def test_references_are_followed(reference, there):
+    assert is_there(reference) is there

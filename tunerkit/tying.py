@@ -1,0 +1,53 @@
+"""Which modules of a model share a weight, as the embeddings at both ends of a language model often do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from tunerkit.naming import listing
+from tunerkit.targeting import bare, places
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    Shared = list[tuple[str, nn.Module, nn.Module, str]]
+
+
+def modules_that_share(model: nn.Module) -> list[Shared]:
+    """Return the groups of modules that hold one and the same parameter as their weight.
+
+    Returns:
+        For each such parameter the places of the modules: path, module, parent and name in it. An embedding comes
+        first, for that is where the weight is at home.
+    """
+    groups: dict[int, Shared] = {}
+    for place in places(model):
+        weight = bare(place[1])._parameters.get("weight")
+        if weight is not None:
+            groups.setdefault(id(weight), []).append(place)
+    several = [group for group in groups.values() if len({id(bare(module)) for _, module, _, _ in group}) > 1]
+    return [sorted(group, key=lambda place: not isinstance(bare(place[1]), nn.Embedding)) for group in several]
+
+
+def remarks_on_ties(groups: list[Shared], changed: Collection[int], *, tied: bool) -> list[str]:
+    """Return what a user should know of the weights that are shared.
+
+    Args:
+        groups: The modules that share a weight.
+        changed: The ids of the bare modules that are adapted or copied.
+        tied: Whether they are to be tied.
+    """
+    met = [group for group in groups if any(id(bare(module)) in changed for _, module, _, _ in group)]
+    if tied:
+        return (
+            [] if met else ["ensure_weight_tying=True ties nothing: nothing that is adapted or saved shares a weight."]
+        )
+    return [
+        f"{listing(key for key, _, _, _ in group)} share a weight, which training only one of them, or each by itself, "
+        "makes differ. Set ensure_weight_tying=True to tie what is trained too."
+        for group in met
+        # Others share one on purpose: layers that are repeated, each with an adapter of its own.
+        if isinstance(bare(group[0][1]), nn.Embedding)
+    ]
