@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from toys import registered, rotation
 
-from tunerkit import get_peft_model
+from tunerkit import Method, get_peft_model
+from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import MergeError
 from tunerkit.folding import fold
 from tunerkit.offline.folding import fold_layer
+from tunerkit.sites import LinearSite
 from tunerkit_lora import LoraConfig
 
 
@@ -57,3 +61,40 @@ def test_what_is_not_there(monkeypatch):
     monkeypatch.setattr(rotation.RotationAdapter, "merged", lambda self, below: (below.weight.to("meta"), below.bias))
     with pytest.raises(MergeError, match=r"Folding into '0.weight' needs more of the base model than this layer"):
         fold_layer(layer, tensors, config)
+
+
+class Started(AdditiveAdapter):
+    """A difference from a start that is the weight's sign, times what a part says."""
+
+    entries = ("toy_rotation", "start")
+
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.toy_rotation = nn.Parameter(site.zeros(*site.weight.shape))
+        sign = site.weight.sign()
+        self.register_buffer("start", sign, persistent=False)
+
+    def delta(self, base):
+        return (self.toy_rotation - self.start) * self.part.factor
+
+
+def test_what_is_derived_from_the_weight_is_derived_from_the_real_one():
+    config = rotation.Config(target_modules=["0"])
+    with registered(SimpleNamespace(Config=rotation.Config, method=Method(config=rotation.Config, adapter=Started))):
+        layer, tensors = layer_of(config)
+    adapter = layer.adapters["default"]
+    adapter.join(SimpleNamespace(factor=3))
+    adapter.start = adapter.start.to("meta")
+    weight = tensors["weight"].clone()
+    folded = fold_layer(layer, tensors, config)["weight"]
+    torch.testing.assert_close(folded, weight + 3 * (adapter.toy_rotation.detach() - weight.sign()))
+
+
+def test_a_weight_that_is_not_the_tensor_that_is_stored(monkeypatch):
+    monkeypatch.setattr(LinearSite, "weight", property(lambda self: self.stored.clone()))
+    config = LoraConfig(target_modules=["0"])
+    layer, tensors = layer_of(config)
+    before = tensors["weight"].clone()
+    folded = fold_layer(layer, tensors, config)["weight"]
+    assert torch.equal(tensors["weight"], before)
+    torch.testing.assert_close(folded, before + layer.adapters["default"].delta(layer.site).detach())

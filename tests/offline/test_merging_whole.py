@@ -24,6 +24,7 @@ from transformers import (
 from tunerkit import get_peft_model
 from tunerkit.errors import CheckpointError, MergeError
 from tunerkit.offline.merging import merge_folder
+from tunerkit.offline.skeleton import Skeleton
 from tunerkit_lora import LoraConfig
 
 
@@ -134,12 +135,32 @@ def test_another_number_of_labels(saved, adapted, out, bert_config):
     assert not out.exists()
 
 
-def test_buffers_too_and_whole_numbers(saved, tmp_path, out):
+def test_a_head_that_transformers_would_rename(saved, adapted, out, bert_config, monkeypatch):
+    base = saved(BertModel(bert_config))
+    model = BertForSequenceClassification.from_pretrained(base).eval()
+    adapter, _ = adapted(model, lora("classifier", targets=["query"]))
+    plain = Skeleton._renamer
+
+    def renamer(skeleton):
+        parameter = plain(skeleton)
+        return lambda key: ("head.weight", False) if key == "classifier.weight" else parameter(key)
+
+    monkeypatch.setattr(Skeleton, "_renamer", renamer)
+    with pytest.raises(CheckpointError, match=r"brings 'classifier.weight' along, .* load under another name"):
+        merge_folder(base, adapter, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("lacking", [False, True])
+def test_buffers_too_and_whole_numbers(saved, tmp_path, out, lacking):
     torch.manual_seed(0)
     model = MobileNetV2ForImageClassification(
         MobileNetV2Config(image_size=32, depth_multiplier=0.1, min_depth=8, num_labels=2)
     )
     base = saved(model)
+    if lacking:
+        kept = {key: tensor for key, tensor in tensors_of(base).items() if "conv_1x1" not in key}
+        save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
     peft = get_peft_model(model, lora("conv_1x1", targets=["classifier"]))
     move(peft)
     pixels = torch.randn(2, 3, 32, 32)

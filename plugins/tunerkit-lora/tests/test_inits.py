@@ -12,6 +12,7 @@ from torch import nn
 import tunerkit
 from tunerkit.errors import (
     AdapterStateError,
+    CheckpointError,
     CombinationError,
     ConfigError,
     ConfigWarning,
@@ -523,6 +524,17 @@ def test_a_base_on_the_meta_device(init):
         "base model's weights first."
     )
     assert type(base.wide) is nn.Linear
+
+
+@pytest.mark.parametrize("init", ANCHORED)
+def test_loading_onto_the_meta_device_needs_the_weight(base, init, tmp_path):
+    tunerkit.get_peft_model(base, lora(init)).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        other = Mlp()
+    with pytest.raises(
+        CheckpointError, match=r"derives 'lora_start_A' from the layer's weight, and the base model is on"
+    ):
+        tunerkit.PeftModel.from_pretrained(other, tmp_path, low_cpu_mem_usage=True)
 
 
 def test_an_odd_rank_is_not_orthogonal(base):
