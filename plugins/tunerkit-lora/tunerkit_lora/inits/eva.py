@@ -14,9 +14,9 @@ from tunerkit import PeftModel, plan
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, ConfigError
 from tunerkit.journal import Journal
-from tunerkit.layer import tuner_layers
-from tunerkit.naming import listing
+from tunerkit.naming import PREFIX, listing
 from tunerkit.sites import make_site
+from tunerkit.targeting import adapted_places
 from tunerkit_lora.config import LoraConfig
 from tunerkit_lora.inits.activations import (
     Watch,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from tunerkit.sites import Site
     from tunerkit_lora.subconfigs import EvaConfig
-
-_PREFIX = "base_model.model."
 
 
 def get_eva_state_dict(
@@ -79,7 +77,7 @@ def get_eva_state_dict(
     config: LoraConfig = model.peft_config[adapter_name] if peft_config is None else peft_config  # type: ignore[assignment,index]
     settings = _settings(config)
     watches = [
-        Watch(name, module, config.rank_for(name.removeprefix(_PREFIX)), settings)
+        Watch(name, module, config.rank_for(name.removeprefix(PREFIX)), settings)
         for name, module in _linear_layers(model, config, adapter_name)
     ]
     observe(
@@ -166,7 +164,7 @@ def initialize_lora_eva_weights(
             show_progress_bar,
         )
     layers = _linear_layers(model, config, adapter_name)
-    factors = _fitting(eva_state_dict, {name.removeprefix(_PREFIX): layer for name, layer in layers})
+    factors = _fitting(eva_state_dict, {name.removeprefix(PREFIX): layer for name, layer in layers})
     _start_anew(model, adapter_name, config, factors)
 
 
@@ -179,9 +177,9 @@ def _settings(config: LoraConfig) -> EvaConfig:
 
 def _linear_layers(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[tuple[str, nn.Module]]:
     if isinstance(model, PeftModel):
-        found = tuner_layers(model.get_base_model())
+        found = adapted_places(model.get_base_model())
         return [
-            (f"{_PREFIX}{name}", layer)
+            (f"{PREFIX}{name}", layer)
             for name, layer in found
             if isinstance(layer, AdaptedLayer) and adapter_name in layer.available_adapters and _is_linear(layer.site)
         ]
@@ -195,7 +193,7 @@ def _is_linear(site: Site) -> bool:
 
 def _fitting(given: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the factors by the layers' paths in the base model, if each fits a layer."""
-    factors = {name.removeprefix(_PREFIX): factor for name, factor in given.items()}
+    factors = {name.removeprefix(PREFIX): factor for name, factor in given.items()}
     unknown = [name for name in factors if name not in layers]
     if unknown:
         msg = (
@@ -213,7 +211,7 @@ def _fitting(given: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str
 
 def _start_anew(model: PeftModel, name: str, config: LoraConfig, factors: Mapping[str, Tensor]) -> None:
     """Replace an adapter by one with the ranks and the values of these factors."""
-    layers = [path for path, layer in tuner_layers(model.get_base_model()) if name in layer.available_adapters]
+    layers = [path for path, layer in adapted_places(model.get_base_model()) if name in layer.available_adapters]
     missing = [layer for layer in layers if layer not in factors]
     ranks = {layer: len(factors[layer]) if layer in factors else config.rank_for(layer) for layer in layers}
     changed = _with_ranks(config, ranks)
@@ -230,7 +228,7 @@ def _start_anew(model: PeftModel, name: str, config: LoraConfig, factors: Mappin
         model.add_adapter(name, changed, autocast_adapter_dtype=autocast)
         if name in active:
             model.set_adapter(active, inference_mode=config.inference_mode)
-        for path, layer in tuner_layers(model.get_base_model()):
+        for path, layer in adapted_places(model.get_base_model()):
             if path in factors and name in layer.available_adapters:
                 layer.lora_A[name].weight.copy_(factors[path])  # type: ignore[attr-defined]
     if missing:
