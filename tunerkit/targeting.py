@@ -255,6 +255,18 @@ def adapted_places(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
                 yield key, layer
 
 
+def exact_targets(model: nn.Module, paths: Collection[str]) -> set[str] | str:
+    """Return as `target_modules` what means the modules at these paths and no others.
+
+    Args:
+        model: The model.
+        paths: The paths.
+    """
+    # A name also means every path that ends in it; a pattern means the whole path.
+    meant = {key for key, _ in modules_outside_adapters(model) if match_name(paths, key) is not None}
+    return set(paths) if meant <= set(paths) else "|".join(map(re.escape, paths))
+
+
 def base_path(path: str, modules: Collection[str]) -> str:
     """Return a layer's path in a checkpoint as the path that its module has in a model without adapters.
 

@@ -126,8 +126,10 @@ def match(
         targets = tuple(_target(path, keys, modules, LoadReport(), []) for path, keys in paths.items())
         return Fit(targets, problem="" if nowhere else str(error))
     missing: dict[str, list[str]] = {}
-    for key, owner in _in_base(_owners(report.missing_keys, config), modules).items():
-        missing.setdefault(owner.path, []).append(_below(key))
+    # What a key means follows from all keys that there should be.
+    whole = _in_base(_owners((*tensors, *report.missing_keys), config), modules)
+    for key in report.missing_keys:
+        missing.setdefault(whole[key].path, []).append(_below(key))
     lost = {path: missing.get(path, []) for path in (*paths, *missing)}
     targets = tuple(_target(path, paths.get(path, []), modules, report, keys) for path, keys in lost.items())
     return Fit(targets, tuner, lacking=lacking)

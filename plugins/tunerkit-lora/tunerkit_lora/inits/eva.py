@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, 
 from tunerkit.journal import Journal
 from tunerkit.naming import PREFIX, listing
 from tunerkit.sites import make_site
-from tunerkit.targeting import adapted_places
+from tunerkit.targeting import adapted_places, exact_targets
 from tunerkit_lora.config import LoraConfig
 from tunerkit_lora.inits.activations import (
     Watch,
@@ -215,9 +214,7 @@ def _start_anew(model: PeftModel, name: str, config: LoraConfig, factors: Mappin
     missing = [layer for layer in layers if layer not in factors]
     ranks = {layer: len(factors[layer]) if layer in factors else config.rank_for(layer) for layer in layers}
     changed = _with_ranks(config, ranks)
-    if sorted(plan(model, changed).adapted) != sorted(changed.target_modules or ()):
-        # A name also means every path that ends in it; a pattern means the whole path.
-        changed.target_modules = "|".join(re.escape(layer) for layer in layers if ranks[layer])
+    changed.target_modules = exact_targets(model.get_base_model(), [layer for layer in layers if ranks[layer]])
     active, tuner = model.active_adapters, model.base_model
     tensors = next(layer.adapter_tensors(name) for layer in tuner.layers() if name in layer.available_adapters)
     autocast = next(iter(tensors.values())).dtype is torch.float32
@@ -237,13 +234,12 @@ def _start_anew(model: PeftModel, name: str, config: LoraConfig, factors: Mappin
 
 
 def _with_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """Return a config that gives layers these ranks, and does not target those of rank zero."""
+    """Return a config that gives layers these ranks; those of rank zero are not to be targeted."""
     changed = copy.deepcopy(config)
     alphas = {name: config.alpha_for(name) for name in ranks}
     if config.eva_config.adjust_scaling_factors:  # type: ignore[union-attr]
         alphas = {name: alpha * ranks[name] / config.rank_for(name) for name, alpha in alphas.items()}
     kept = [name for name, rank in ranks.items() if rank]
-    changed.target_modules = set(kept)
     # A name also means every path that ends in it, so of two that match the longer one must be found first.
     kept.sort(key=len, reverse=True)
     changed.rank_pattern = {name: ranks[name] for name in kept if ranks[name] != config.r}
