@@ -585,5 +585,5 @@ class TestTunerOf:
     def test_no_adapters(self):
         base = make_base()
         assert tuner_of(base).model is base
-        with pytest.raises(UnknownAdapterError, match="model \\(Sequential\\) has no adapters. Attach one with"):
+        with pytest.raises(UnknownAdapterError, match=r"model \(Sequential\) has no adapters. Attach one with"):
             tuner_of(base, adapted=True)
