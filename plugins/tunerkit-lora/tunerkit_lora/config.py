@@ -266,8 +266,3 @@ class LoraConfig(PeftConfig):
     def alpha_for(self, name: str) -> float:
         """Return the numerator of the scale at the module of a path."""
         return pattern_value(self.alpha_pattern, name, self.lora_alpha)
-
-    def scaling_for(self, name: str) -> float:
-        """Return what the product `B @ A` is multiplied with at the module of a path."""
-        rank = self.rank_for(name)
-        return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
