@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tunerkit.config import PeftConfig, setting, unbuilt
 from tunerkit.errors import ConfigError, ConfigWarning, LoadWarning
-from tunerkit.targeting import pattern_value
+from tunerkit.patterns import pattern_value
 from tunerkit_lora.inits import ANCHORED, SPECIAL
 from tunerkit_lora.subconfigs import EvaConfig, LoftQConfig
 
