@@ -495,7 +495,7 @@ class TestUnloading:
             getattr(model, call)(adapter_names=["a", "b"])
         assert str(caught.value) == (
             "'a', 'b' cannot be merged together: each has a copy of its own of the module 'head', and only one can "
-            "stay in its place. Merge one of them."
+            "take its place. Choose one of them."
         )
         assert before.differences(model) == []
 
