@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tunerkit import patterns
 from tunerkit.errors import TargetError
-from tunerkit.patterns import Patterns, count_patterns, pattern_value
+from tunerkit.patterns import Patterns, count_patterns, pattern_value, settings_held
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,17 @@ def test_a_dict_that_is_changed():
     del given["q"]
     given["v"] = 3
     assert pattern_value(given, "q", 4) == 4
+
+
+def test_within_a_block_they_are_read_once():
+    given, other = {"q": 1}, {"v": 2}
+    with settings_held():
+        assert pattern_value(given, "q", 4) == 1
+        assert pattern_value(other, "q", 4) == 4
+        assert pattern_value(other, "v", 4) == 2
+        given["v"] = 3  # against the rule
+        assert pattern_value(given, "v", 4) == 4
+    assert pattern_value(given, "v", 4) == 3
 
 
 text = st.text("ab.-0\n", max_size=6)

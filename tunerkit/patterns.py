@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
 from tunerkit.errors import TargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from tunerkit.config import PeftConfig
 
@@ -68,13 +70,33 @@ def _with_dots(text: str, dots: tuple[int, ...]) -> str:
 
 
 _patterns = functools.lru_cache(8)(Patterns)
+_HELD: ContextVar[dict[int, tuple[object, Patterns]] | None] = ContextVar("held", default=None)
+
+
+@contextlib.contextmanager
+def settings_held() -> Iterator[None]:
+    """Within the block no settings change, so that what is known of their patterns need not be compared with them."""
+    token = _HELD.set({})
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
+def _patterns_of(settings: Mapping[str, object]) -> Patterns:
+    held = _HELD.get()
+    if held is None:
+        return _patterns(tuple(settings))
+    if id(settings) not in held:
+        held[id(settings)] = settings, _patterns(tuple(settings))
+    return held[id(settings)][1]
 
 
 def pattern_value(patterns: Mapping[str, Value] | None, path: str, default: Value) -> Value:
     """Return the value of the first pattern that fits a module's path (see `Patterns`), or else the default."""
     if not patterns:
         return default
-    found = _patterns(tuple(patterns)).fitting(path)
+    found = _patterns_of(patterns).fitting(path)
     return patterns[found[0]] if found else default
 
 
@@ -90,8 +112,9 @@ def count_patterns(config: PeftConfig, paths: list[str]) -> dict[str, dict[str, 
         for entry in entries:
             _check(setting, entry)
         counts[setting] = dict.fromkeys(entries, 0)
+        patterns = _patterns(tuple(entries))
         for path in paths if entries else ():
-            for entry in _patterns(tuple(entries)).fitting(path):
+            for entry in patterns.fitting(path):
                 counts[setting][entry] += 1
     return counts
 
