@@ -341,6 +341,27 @@ class TestRows:
         assert copies["a"].out.weight.grad.abs().max() > 1e-3
         assert not torch.equal(copies["a"].out.weight.grad, copies["b"].out.weight.grad)
 
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_rows_are_held_in_the_backward(self, reentrant):
+        class Checkpointed(Base):
+            def forward(self, x):
+                hidden = self.norm(self.lin(x))
+                return torch.utils.checkpoint.checkpoint(self.head, hidden, use_reentrant=reentrant)
+
+        gradients = []
+        for base in (Base, Checkpointed):
+            torch.manual_seed(0)
+            model = self.rows_model(base().eval())
+            model.set_requires_grad(["a", "b"])
+            with model.use_rows(self.NAMES):
+                output = model(X)
+            output.square().sum().backward()  # it runs the head again, after the block
+            copies = head_of(model).modules_to_save
+            gradients.append([copies[name].out.weight.grad for name in ("a", "b")])
+        for plain, again in zip(*gradients, strict=True):
+            assert plain.abs().max() > 1e-3
+            torch.testing.assert_close(again, plain)
+
     def test_other_tensors_beside_the_input_are_refused(self):
         model = make("a", "b", saved=["norm"])
         with (
@@ -474,7 +495,7 @@ class TestUnloading:
             getattr(model, call)(adapter_names=["a", "b"])
         assert str(caught.value) == (
             "'a', 'b' cannot be merged together: each has a copy of its own of the module 'head', and only one can "
-            "stay in its place. Merge one of them."
+            "take its place. Choose one of them."
         )
         assert before.differences(model) == []
 

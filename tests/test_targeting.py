@@ -22,9 +22,7 @@ from tunerkit.targeting import (
     exact_targets,
     keys_in_state,
     match_name,
-    match_pattern,
     match_target,
-    pattern_value,
     places,
     wants_all_linear,
 )
@@ -158,31 +156,6 @@ class TestLayers:
         config = Config(layers_to_transform=0)
         config.target_modules = r".*\.q"  # as a method's defaults may set it
         assert match_target(config, "layers.1.q") is not None
-
-
-class TestPatterns:
-    @pytest.mark.parametrize(
-        ("pattern", "path", "fits"),
-        [
-            ("q", "layers.0.q", True),
-            ("q", "layers.0.seq", False),
-            ("q", "q", True),
-            ("q", "q.base", False),
-            (r"layers\.\d+", "model.layers.12", True),
-            ("^layers.0", "layers.0", True),
-            ("^layers.0", "model.layers.0", False),
-            ("q|v", "layers.0.v", True),
-            ("0.q", "layers.10.q", False),
-        ],
-    )
-    def test_fit_a_path_or_its_end(self, pattern, path, fits):
-        assert match_pattern(pattern, path) is fits
-        assert pattern_value({pattern: 1}, path, 2) == (1 if fits else 2)
-
-    def test_the_first_that_fits_counts(self):
-        assert pattern_value({"v": 1, ".*": 2, "q": 3}, "layers.q", 4) == 2
-        assert pattern_value({}, "q", 4) == 4
-        assert pattern_value(None, "q", 4) == 4
 
 
 class Head(nn.Module):

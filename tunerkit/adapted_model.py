@@ -11,6 +11,7 @@ from tunerkit import merge
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.biases import Biases
 from tunerkit.errors import AdapterNameError, MergeWarning, UnknownAdapterError
+from tunerkit.fast_path import set_fast_paths
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, MethodMeta, tuner_layers
 from tunerkit.model_config import config_dict, config_of
@@ -237,6 +238,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
                 self._trained_parts = [p for p in beside if p.requires_grad]
                 self.biases.show(trained=False)
             self.disabled = not enabled
+            set_fast_paths(self.model, journal, disabled=self.disabled)
             for parameter in self._trained_parts:
                 parameter.requires_grad_(enabled)
             if enabled:
@@ -315,6 +317,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             self._give_up_biases(journal, keep=keep)
             journal.note_flags(self._were_trainable)
             merge.unwrap(self.model, journal)
+            set_fast_paths(self.model, journal, disabled=self.disabled)
             if not keep:
                 self.replication.undo(journal)
             self.replication = Replication()

@@ -13,6 +13,7 @@ from tunerkit.errors import PluginError, UnsupportedSiteError
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.names import EntryModule
 from tunerkit.naming import method_id
+from tunerkit.patterns import settings_held
 from tunerkit.sites import make_on_meta, make_site
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tunerkit.route import Owner
 
 
+@settings_held()
 def attach(
     create: Callable[..., object],
     plan: Plan,

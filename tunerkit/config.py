@@ -73,7 +73,7 @@ class PeftConfig:
     """Fields whose lists become sets, as in PEFT."""
 
     _patterns: ClassVar[tuple[str, ...]] = ()
-    """Fields that give single modules values by patterns of their paths; see `tunerkit.targeting.pattern_value`."""
+    """Fields that give single modules values by patterns of their paths; see `tunerkit.patterns.pattern_value`."""
 
     def __post_init__(self) -> None:
         self.check()

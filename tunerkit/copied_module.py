@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from tunerkit.errors import AdapterStateError, MergeError
+from tunerkit.errors import AdapterStateError, MergeError, TunerkitError
 from tunerkit.layer import BaseTunerLayer, split_input
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current, narrowed
@@ -137,13 +137,16 @@ class CopiedModule(nn.Module, BaseTunerLayer):
 
     def check_together(self, names: Sequence[str]) -> None:
         """Raise `AdapterStateError` if more than one of these adapters has a copy here."""
+        self._refuse_several(names, "active", AdapterStateError)
+
+    def _refuse_several(self, names: Sequence[str], what: str, error: type[TunerkitError]) -> None:
         here = [name for name in names if name in self._copies]
         if len(here) > 1:
             msg = (
-                f"{listing(here)} cannot be active together: each has a copy of its own of the module {self._name!r}, "
+                f"{listing(here)} cannot be {what} together: each has a copy of its own of the module {self._name!r}, "
                 "and only one can take its place. Choose one of them."
             )
-            raise AdapterStateError(msg)
+            raise error(msg)
 
     def _activate(self, names: list[str]) -> None:
         self.check_together(names)
@@ -170,13 +173,7 @@ class CopiedModule(nn.Module, BaseTunerLayer):
 
     def check_merge(self, names: Sequence[str]) -> None:
         """Raise `MergeError` if more than one of these adapters has a copy here."""
-        here = [name for name in names if name in self._copies]
-        if len(here) > 1:
-            msg = (
-                f"{listing(here)} cannot be merged together: each has a copy of its own of the module {self._name!r}, "
-                "and only one can stay in its place. Merge one of them."
-            )
-            raise MergeError(msg)
+        self._refuse_several(names, "merged", MergeError)
 
     def merge_for_good(self, names: list[str]) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Put the copy of one of these adapters in the original's place, if one has a copy.

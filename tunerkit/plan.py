@@ -15,13 +15,13 @@ from tunerkit.errors import NoMatchingPeftModuleError, PluginError, TargetError,
 from tunerkit.matching import Chooser, Matcher, Verdict
 from tunerkit.modules_to_save import WholeModules, tied_copies
 from tunerkit.naming import listing
+from tunerkit.patterns import count_patterns
 from tunerkit.sites import make_site, site_class
 from tunerkit.targeting import (
     ALL_LINEAR,
     all_linear,
     bare,
     correct_orientation,
-    count_patterns,
     keys_in_state,
     parameter_places,
     place_of_parameter,

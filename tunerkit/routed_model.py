@@ -12,6 +12,8 @@ from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapted_model import AdaptedModel
 from tunerkit.adapter import Part
 from tunerkit.errors import AdapterNameError, RouteError
+from tunerkit.fast_path import set_fast_paths
+from tunerkit.journal import Journal
 from tunerkit.naming import listing
 from tunerkit.route import current, hold_in_backward, hold_routes, routed
 from tunerkit.rows import BASE, Rows
@@ -186,6 +188,9 @@ class RoutedModel(AdaptedModel):
                 f"{listing(merged)} is merged into the model, so calls cannot be routed. Call unmerge_adapter() first."
             )
             raise RouteError(msg)
+        if self.disabled:
+            # Routed calls run adapters all the same; the other calls leave the fast path with them meanwhile.
+            set_fast_paths(self.model, Journal(), disabled=False)
         for layer in layers:
             if layer.follows_routes:
                 layer.__dict__["_owner"] = self.owner  # a layer that was copied by itself brought an owner of its own

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tunerkit.config import TaskType
-from tunerkit.errors import TargetError
 from tunerkit.layer import BaseTunerLayer, stack_at
 from tunerkit.model_config import embedding_layers
 from tunerkit.naming import PREFIX, uncompiled
 from tunerkit.sites import site_class
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator
 
     from torch import nn
 
@@ -54,50 +52,10 @@ def endings(path: str) -> Iterator[str]:
         _, dot, path = path.partition(".")
 
 
-def match_pattern(pattern: str, path: str) -> bool:
-    """Return whether a regex fits a module's path, or the end of it after a dot; `^` stands for the path's start."""
-    return _pattern(pattern).match(path) is not None
-
-
-@functools.cache
-def _pattern(pattern: str) -> re.Pattern[str]:
-    # Of these a config may have one for each layer, more than the cache of `re` holds.
-    return re.compile(rf"(.*\.)?({pattern})$")
-
-
-def pattern_value(patterns: Mapping[str, Value] | None, path: str, default: Value) -> Value:
-    """Return the value of the first pattern that fits a module's path (see `match_pattern`), or else the default."""
-    return next((value for entry, value in (patterns or {}).items() if match_pattern(entry, path)), default)
-
-
 def paths_above(path: str) -> Iterator[str]:
     """Go through the paths of the modules in which a module stands, from the outermost to its own."""
     parts = path.split(".")
     return (".".join(parts[: index + 1]) for index in range(len(parts)))
-
-
-def count_patterns(config: PeftConfig, paths: list[str]) -> dict[str, dict[str, int]]:
-    """Return, for each setting of a config by patterns, how many paths each of its entries fits.
-
-    Raises:
-        TargetError: An entry is no regular expression.
-    """
-    return {
-        setting: {entry: _count_fits(setting, entry, paths) for entry in getattr(config, setting) or ()}
-        for setting in config._patterns
-    }
-
-
-def _count_fits(setting: str, entry: str, paths: list[str]) -> int:
-    try:
-        re.compile(entry)  # by itself, so that the message says the right position
-        return sum(match_pattern(entry, path) for path in paths)
-    except re.error as error:
-        msg = (
-            f"{setting} holds {entry!r}, which must be a regular expression for a module's path or the end of it, and "
-            f"is a broken one: {error}. Mend it; for text that is meant as it is use re.escape."
-        )
-        raise TargetError(msg) from error
 
 
 def match_target(config: PeftConfig, key: str) -> str | re.Match[str] | None:

@@ -20,6 +20,7 @@ from tunerkit.errors import (
     UnknownAdapterError,
     UnknownMethodError,
 )
+from tunerkit.fast_path import set_fast_paths
 from tunerkit.hook_calls import HookCalls, declared_method, overrides_hooks
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, cast_up, original, tuner_layers
@@ -211,6 +212,7 @@ class BaseTuner(HookCalls, RoutedModel):
             model.__dict__["peft_config"] = self.peft_config
             self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             self._activate_new(layers, adapter_name, frozen=plan.config.inference_mode)
+            set_fast_paths(model, journal, disabled=self.disabled)
             # A warning may be made an error, and then the adapter is not put in.
             unmatched = plan.unmatched()
             if which is not None and not self.biases.kept:
@@ -289,6 +291,7 @@ class BaseTuner(HookCalls, RoutedModel):
             for layer in layers:
                 layer.delete_adapter(adapter_name)
             merge.unwrap(self.model, journal, only_empty=True)
+            set_fast_paths(self.model, journal, disabled=self.disabled)
             del self.peft_config[adapter_name]
             if self.parts.pop(adapter_name, None) is not None:
                 withdraw(self, self.parts)  # type: ignore[arg-type]

@@ -8,7 +8,9 @@ from torch import nn
 
 from tunerkit import cast_adapter_dtype, get_peft_model
 from tunerkit.adapter import AdditiveAdapter
-from tunerkit_lora import LoraAdapter, LoraConfig, LoraLayer, LoraModel
+from tunerkit.errors import UnsupportedSiteError
+from tunerkit.sites import ConvolutionSite, LinearSite
+from tunerkit_lora import AnchoredLora, LoraAdapter, LoraConfig, LoraConvolution, LoraLayer, LoraModel
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
 
@@ -164,3 +166,32 @@ class TestNames:
         model.add_adapter("again", LoraConfig(target_modules=["0"]))
         assert isinstance(base[0], LoraLayer)
         assert isinstance(model.base_model, LoraModel)
+
+
+class TestSettingsName:
+    """A layer may go by another path in a config's settings than its own, as an attention's `out_proj` does."""
+
+    class Linear(LinearSite):
+        settings_name = "outer"
+
+    class Convolution(ConvolutionSite):
+        settings_name = "outer"
+        kind = "conv1d"
+        layer = nn.Conv1d
+
+    def test_rank_of_a_convolution_with_groups(self):
+        site = self.Convolution(nn.Conv1d(3, 6, 2, groups=3), "outer.inner")
+        assert LoraConvolution(site, LoraConfig(r=8, rank_pattern={"outer": 3})).r == 3
+        with pytest.raises(UnsupportedSiteError, match=r"the rank there, 4, is .* rank_pattern=\{'outer': 3\}"):
+            LoraConvolution(site, LoraConfig(r=3, rank_pattern={"outer": 4}))
+
+    def test_a_start_with_the_scale_in_it(self):
+        layer = nn.Linear(6, 5)
+        config = LoraConfig(r=2, init_lora_weights="pissa", rank_pattern={"outer": 5}, alpha_pattern={"outer": 30})
+        adapter = AnchoredLora(self.Linear(layer, "outer.inner"), config)
+        assert adapter.scaling == 6
+        torch.testing.assert_close(adapter.scaling * update_of(adapter), layer.weight.detach())
+
+
+def update_of(adapter):
+    return adapter.lora_start_B @ adapter.lora_start_A

@@ -267,6 +267,17 @@ class TestEncoder:
         assert (theirs.train()["encoder"](x) - base["encoder"](x)).abs().max() > 1e-3
         assert_close(theirs.eval()["encoder"](x), base["encoder"](x))
 
+    def test_peft_leaves_out_the_feed_forward_layers_too(self, base, x):
+        settings = {"target_modules": ["linear1", "linear2"], "r": 3, "init_lora_weights": False}
+        theirs = peft.inject_adapter_in_model(peft.LoraConfig(**settings), copy.deepcopy(base))
+        ours = tunerkit.inject_adapter_in_model(LoraConfig(**settings), copy.deepcopy(base))
+        ours.load_state_dict(theirs.state_dict())
+        with torch.no_grad():
+            trained = theirs.train()["encoder"](x)
+            assert torch.equal(theirs.eval()["encoder"](x), base["encoder"](x))
+            assert_close(ours.eval()["encoder"](x), trained)
+        assert (trained - base["encoder"](x)).abs().max() > 1e-3
+
 
 class TestOutputProjection:
     def test_peft_adds_its_update_twice(self):

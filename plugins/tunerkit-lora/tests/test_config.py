@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from tunerkit import PeftConfig
 from tunerkit.config import built_settings
 from tunerkit.errors import ConfigError
+from tunerkit.sites import LinearSite
+from tunerkit_lora.adapter import LoraAdapter
 from tunerkit_lora.config import LoraConfig, LoraRuntimeConfig
 from tunerkit_lora.targets import DEFAULT_TARGETS
 
@@ -164,7 +167,7 @@ def test_an_unknown_setting_is_refused():
     ],
 )
 def test_scaling(settings, scaling):
-    assert LoraConfig(**settings).scaling_for("any.path") == pytest.approx(scaling)
+    assert LoraAdapter(LinearSite(nn.Linear(8, 8)), LoraConfig(**settings)).scaling == pytest.approx(scaling)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +189,9 @@ def test_patterns_of_ranks_and_scales(name, rank, alpha, scaling):
         rank_pattern={"q": 2, r"^layers\.1\.(q|v)": 4, "layers.0.q": 6},
         alpha_pattern={"[kv]": 3},
     )
-    assert (config.rank_for(name), config.alpha_for(name), config.scaling_for(name)) == (rank, alpha, scaling)
+    assert (config.rank_for(name), config.alpha_for(name)) == (rank, alpha)
+    adapter = LoraAdapter(LinearSite(nn.Linear(8, 8), name), config)
+    assert (adapter.r, adapter.lora_alpha, adapter.scaling) == (rank, alpha, scaling)
 
 
 def test_no_patterns():

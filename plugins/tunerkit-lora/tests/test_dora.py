@@ -200,18 +200,20 @@ def test_a_bias_from_below_grows_with_the_output():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_half_precision(dtype, autocast):
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_half_precision(dtype, autocast, kind):
     torch.manual_seed(0)
-    base = Linears().to(dtype).eval()
+    make, x = MODELS[kind]
+    base = make().to(dtype).eval()
     model = tunerkit.get_peft_model(copy.deepcopy(base), dora(base), autocast_adapter_dtype=autocast)
-    x = X.to(dtype)
+    x = x.to(dtype) if x.is_floating_point() else x
     expected = {torch.float32} if autocast else {dtype}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == expected
     assert run(model, {"x": x}).dtype is dtype
     torch.testing.assert_close(run(model, {"x": x}), run(base, {"x": x}), atol=2e-2, rtol=2e-2)
     theirs = peft.get_peft_model(
         copy.deepcopy(base),
-        peft.LoraConfig(r=2, lora_alpha=6, use_dora=True, target_modules=["wide", "narrow"]),
+        peft.LoraConfig(r=2, lora_alpha=6, use_dora=True, target_modules=dora(base).target_modules),
         autocast_adapter_dtype=autocast,
     ).eval()
     noise = {k: v + 0.2 * torch.randn_like(v) for k, v in peft.get_peft_model_state_dict(theirs).items()}

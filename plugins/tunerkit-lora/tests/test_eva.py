@@ -11,6 +11,7 @@ import tunerkit
 from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, ConfigError
 from tunerkit.testing.parity import assert_close, run
 from tunerkit_lora import EvaConfig, LoraConfig, get_eva_state_dict, initialize_lora_eva_weights
+from tunerkit_lora.inits import pca
 from tunerkit_lora.inits.activations import (
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
@@ -84,7 +85,7 @@ def test_pca_of_batches_is_pefts():
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         batch = torch.randn(20, 8, generator=generator) * torch.arange(1, 9) + 2
-        ours.add(batch)
+        ours = ours.with_rows(batch)
         theirs.partial_fit(batch)
         torch.testing.assert_close(ours.components, theirs.components_.float(), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(ours.singular_values, theirs.singular_values_.float(), atol=1e-3, rtol=1e-4)
@@ -93,8 +94,7 @@ def test_pca_of_batches_is_pefts():
 
 def test_pca_of_one_batch_is_that_of_the_rows():
     batch = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)) + 3
-    found = IncrementalPCA(6)
-    found.add(batch)
+    found = IncrementalPCA(6).with_rows(batch)
     s = torch.linalg.svdvals(batch - batch.mean(0))
     torch.testing.assert_close(found.singular_values, s)
     assert abs(float(found.explained.sum()) - 1) < 1e-5
@@ -142,6 +142,37 @@ def test_components_ranks_and_config_are_pefts(base, x, settings, tmp_path):
         assert_close(run(tunerkit.PeftModel.from_pretrained(copy.deepcopy(base), folder), x), run(ours, x))
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours", low_cpu_mem_usage=True)
     assert_close(run(loaded, x), run(ours, x))
+
+
+def test_layers_that_are_given_one_input_find_its_components_once(monkeypatch):
+    class Attention(Text):
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            x = self.words(input_ids)
+            return self.head(torch.tanh(self.wide(x).sum(-1, keepdim=True) * self.narrow(x)))
+
+    torch.manual_seed(0)
+    base, calls, search = Attention().eval(), [], pca.lowrank_svd
+    base.narrow = nn.Linear(10, 10)
+    monkeypatch.setattr(pca, "lowrank_svd", lambda *args: calls.append(args[0]) or search(*args))
+
+    def found(**settings):
+        calls.clear()
+        state = get_eva_state_dict(base, batches(), eva(**settings), show_progress_bar=False)
+        return state, len(calls)
+
+    alone = {}
+    for name in TARGETS:
+        state, count = found(target_modules=[name])
+        alone[name] = state[name], count
+    state, count = found()
+    assert count < sum(several for _, several in alone.values())
+    components = min(len(state["wide"]), len(alone["wide"][0]))
+    torch.testing.assert_close(state["wide"][:components], alone["wide"][0][:components], atol=1e-2, rtol=1e-2)
+    # Two of one input have the same components, the head's are of another.
+    assert torch.equal(*(state[name][:1] for name in ("wide", "narrow")))
+    assert not torch.allclose(state["wide"][:1], state["head"][:1], atol=1e-2)
+    # With other numbers of components each finds its own.
+    assert found(rank_pattern={"narrow": 2})[1] > count
 
 
 def test_of_a_plain_model(base):

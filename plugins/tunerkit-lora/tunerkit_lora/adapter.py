@@ -43,7 +43,7 @@ class LoraAdapter(LowRankAdapter):
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
-        first, second = starting_factors(site, self.r, config)
+        first, second = starting_factors(site, self.r, self.scaling, config)
         self.lora_A, self.lora_B = self.make_layers(site, first, second, starting_bias(site, self.r, config))
         self.own_start = isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"
         if not config.trains_second:
@@ -59,15 +59,10 @@ class LoraAdapter(LowRankAdapter):
         """Return the layers that are run one after the other."""
         return self.lora_A, self.lora_B
 
-    def product(self) -> tuple[Tensor, Tensor]:
-        """Return the matrices ``A`` and ``B`` whose product is the update without its scale."""
-        first, second = self.pair()
-        return first.weight.flatten(1), second.weight.flatten(1)  # type: ignore[operator]
-
     def delta(self, base: Site) -> Tensor:
         """Return ``s B A``, out x in."""
         del base
-        first, second = self.product()
+        first, second = self.factors
         return (self.scaling * second) @ first
 
     def delta_bias(self, base: Site) -> Tensor | None:
@@ -83,8 +78,7 @@ class LoraAdapter(LowRankAdapter):
 
     def forward(self, x: Tensor, below: Below) -> Tensor:
         """Return the inherited result without building the full-size delta; only this way has dropout."""
-        dropped = F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
-        return add_low_rank(below(x), dropped, self.lora_A, self.lora_B, self.scaling)
+        return add_low_rank(below(x), self.dropped(x), self.lora_A, self.lora_B, self.scaling)
 
     def added(self, y: Tensor, x: Tensor, base: Site, gain: Tensor | None = None) -> Tensor:
         """Return an output of the layer with the update added; see `LowRankAdapter.added`."""

@@ -53,10 +53,15 @@ class AnchoredLora(LoraAdapter):
         if isinstance(other, AnchoredLora):
             self.lora_start_A, self.lora_start_B = other.lora_start_A, other.lora_start_B
 
-    def pair(self) -> tuple[nn.Module, nn.Module]:
-        """Return the two factors of the whole product."""
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The matrices of the whole product, ``[A; A0]`` and ``[B, -B0]``; not the very tensors."""
         first = torch.cat([self.lora_A.weight, self.lora_start_A])
-        second = torch.cat([self.lora_B.weight, -self.lora_start_B], 1)
+        return first, torch.cat([self.lora_B.weight, -self.lora_start_B], 1)
+
+    def pair(self) -> tuple[nn.Module, nn.Module]:
+        """Return the layers of the whole product."""
+        first, second = self.factors
         return twin(self.lora_A, weight=first), twin(self.lora_B, weight=second)
 
     def standalone(self, tensors: dict[str, Tensor], initial: dict[str, Tensor] | None) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -55,12 +56,21 @@ class LowRankAdapter(AdditiveAdapter):
         """The scale that follows from rank and alpha."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    # The words in which DoRA is written
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The matrices ``A``, r x inputs, and ``B``, outputs x r, whose product is the update without its scale.
 
-    def product(self) -> tuple[Tensor, Tensor]:
-        """Return the matrices ``A``, r x inputs, and ``B``, outputs x r, whose product is the update without scale."""
-        second, first = self.factors
+        They are the very tensors, kernels flattened: what is written into them is written into the adapter.
+        """
+        first, second = (operator.attrgetter(key)(self).flatten(1) for key in self.factor_keys)
         return first, second
+
+    @property
+    def factor_bias(self) -> Tensor | None:
+        """The bias of the second factor, of size out, or None."""
+        return None
+
+    # The words in which DoRA is written
 
     def added(self, y: Tensor, x: Tensor, base: Site, gain: Tensor | None = None) -> Tensor:
         """Return an output of the layer with the update added, without a matrix of the weight's size.
@@ -104,23 +114,7 @@ class LowRankAdapter(AdditiveAdapter):
             return tensor - before
         return torch.cat([tensor, before]) if entry == self.entries[0] else torch.cat([tensor, -before], 1)
 
-    # What others do with the factors: combining, and making room for larger ones
-
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """The second factor, out x rank, and the first, rank x in, flattened; the very tensors."""
-        down, up = (self.factor(key).flatten(1) for key in self.factor_keys)
-        return up, down
-
-    def factor(self, key: str) -> Tensor:
-        """Return the factor under a key, of which a tied one is the transpose of what another adapter holds."""
-        module, _, leaf = key.rpartition(".")
-        return getattr(self.get_submodule(module), leaf)  # type: ignore[no-any-return]
-
-    @property
-    def factor_bias(self) -> Tensor | None:
-        """The bias of the second factor, of size out, or None."""
-        return None
+    # Making room for factors of a larger rank
 
     def make_room(self, rank: int | None, device: torch.device) -> None:
         """Fill the factors up with zeros to a rank, and make the scale a tensor; see `Adapter.make_room`."""
@@ -131,7 +125,7 @@ class LowRankAdapter(AdditiveAdapter):
     @property
     def room(self) -> int:
         """The rank that the factors have room for: `r`, or more while they are filled up with zeros."""
-        return len(self.factor(self.factor_keys[0]))
+        return len(self.factors[0])
 
     def resize(self, first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Return the factors filled up with zeros, or cut, to a rank."""

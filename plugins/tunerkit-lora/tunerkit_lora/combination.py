@@ -136,7 +136,7 @@ def _factors_combined(
     totals = [weight * float(adapter.scaling) for adapter, weight in here]
     roots = [math.sqrt(abs(total)) for total in totals]
     signed = [math.copysign(root, total) for root, total in zip(roots, totals, strict=True)]
-    ups, downs = zip(*(adapter.factors for adapter, _ in here), strict=True)
+    downs, ups = zip(*(adapter.factors for adapter, _ in here), strict=True)
     down = combine(kind, downs, signed, density, majority_sign_method)
     return combine(kind, ups, roots, density, majority_sign_method), down
 
@@ -153,12 +153,12 @@ def _updates_combined(
     scaled = [(adapter.factors, float(adapter.scaling), weight) for adapter, weight in here]
     if kind == "cat":
         return (
-            torch.cat([up for (up, _), _, _ in scaled], dim=1),
-            torch.cat([down * (scaling * weight) for (_, down), scaling, weight in scaled]),
+            torch.cat([up for (_, up), _, _ in scaled], dim=1),
+            torch.cat([down * (scaling * weight) for (down, _), scaling, weight in scaled]),
         )
     if kind == "svd" and clamp is None:
-        return low_rank_sum([(up * (scaling * weight), down) for (up, down), scaling, weight in scaled], rank)
-    updates = [scaling * (up @ down) for (up, down), scaling, _ in scaled]
+        return low_rank_sum([(up * (scaling * weight), down) for (down, up), scaling, weight in scaled], rank)
+    updates = [scaling * (up @ down) for (down, up), scaling, _ in scaled]
     of_updates = "linear" if kind == "svd" else kind.removesuffix("_svd")
     whole = combine(of_updates, updates, [weight for _, _, weight in scaled], density, majority_sign_method)
     factors = low_rank(whole, rank, driver)
@@ -176,7 +176,7 @@ def _refuse_groups(path: str, new: LowRankAdapter, kind: str) -> None:
 
 def _write(new: LowRankAdapter, up: Tensor, down: Tensor) -> None:
     """Give an adapter its factors; where they have a smaller rank the rest is zero."""
-    own_up, own_down = new.factors
+    own_down, own_up = new.factors
     # The scales of the others are in the factors, and its own, which need not be 1, comes on top.
     own_up.copy_(F.pad(up, (0, own_up.shape[1] - up.shape[1])) / new.initial_scaling)
     own_down.copy_(F.pad(down, (0, 0, 0, own_down.shape[0] - down.shape[0])))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tunerkit.config import PeftConfig, setting, unbuilt
 from tunerkit.errors import ConfigError, ConfigWarning, LoadWarning
-from tunerkit.targeting import pattern_value
+from tunerkit.patterns import pattern_value
 from tunerkit_lora.inits import ANCHORED, SPECIAL
 from tunerkit_lora.subconfigs import EvaConfig, LoftQConfig
 
@@ -266,8 +266,3 @@ class LoraConfig(PeftConfig):
     def alpha_for(self, name: str) -> float:
         """Return the numerator of the scale at the module of a path."""
         return pattern_value(self.alpha_pattern, name, self.lora_alpha)
-
-    def scaling_for(self, name: str) -> float:
-        """Return what the product `B @ A` is multiplied with at the module of a path."""
-        rank = self.rank_for(name)
-        return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)

@@ -30,13 +30,13 @@ class LoraConvolution(LoraAdapter):
     kinds: ClassVar[frozenset[str]] = frozenset({"conv1d", "conv2d", "conv3d"})
 
     def __init__(self, site: ConvolutionSite, config: LoraConfig) -> None:
-        rank, groups = config.rank_for(site.name), site.groups
+        rank, groups = config.rank_for(site.settings_name), site.groups
         if rank % groups:
             near = groups * max(1, round(rank / groups))
             msg = (
                 f"The convolution {site.name!r} has groups={groups}, and the rank there, {rank}, is not a multiple of "
-                f"that. Set another, with rank_pattern={{{site.name!r}: {near}}} for this layer alone, or do not "
-                "target it."
+                f"that. Set another, with rank_pattern={{{site.settings_name!r}: {near}}} for this layer alone, or do "
+                "not target it."
             )
             raise UnsupportedSiteError(msg)
         super().__init__(site, config)

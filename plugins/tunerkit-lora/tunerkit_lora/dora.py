@@ -76,7 +76,7 @@ class DoraAdapter(LowRankAdapter):
                 f"{self.unfoldable}. Leave use_dora out, or do not target it."
             )
             raise UnsupportedSiteError(msg)
-        first, second = self.product()
+        first, second = self.factors
         lengths = site.empty(len(second)) if first.is_meta else norms(self.rows(site), first, second, self.scaling)
         self.lora_magnitude_vector = Magnitude(self.shaped(lengths.to(site.dtype)))
 
@@ -90,7 +90,7 @@ class DoraAdapter(LowRankAdapter):
 
     def gain(self, base: Site) -> Tensor:
         """Return ``g``, the factor by which each output grows, of size out."""
-        lengths = norms(self.rows(base), *self.product(), self.scaling)
+        lengths = norms(self.rows(base), *self.factors, self.scaling)
         return self.lora_magnitude_vector.weight.flatten() / lengths
 
     def delta(self, base: Site) -> Tensor:

@@ -40,7 +40,7 @@ class LoraEmbedding(LowRankAdapter):
             )
             raise UnsupportedSiteError(msg)
         super().__init__(site, config)
-        first, second = starting_factors(site, self.r, config)
+        first, second = starting_factors(site, self.r, self.scaling, config)
         self.lora_embedding_A = nn.Parameter(first)
         self.lora_embedding_B = nn.Parameter(second, requires_grad=config.trains_second)
 

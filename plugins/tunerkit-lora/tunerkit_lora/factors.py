@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from tunerkit_lora.config import LoraConfig
 
 
-def starting_factors(site: Site, rank: int, config: LoraConfig) -> tuple[Tensor, Tensor]:
+def starting_factors(site: Site, rank: int, scaling: float, config: LoraConfig) -> tuple[Tensor, Tensor]:
     """Return the factors ``A`` and ``B`` of a new adapter at a linear layer, an embedding or a convolution.
 
     Args:
         site: The layer.
         rank: The rank there.
+        scaling: What the product of the factors is multiplied with.
         config: The settings; `init_lora_weights` says how to start.
 
     Returns:
@@ -29,7 +30,7 @@ def starting_factors(site: Site, rank: int, config: LoraConfig) -> tuple[Tensor,
     init = config.init_lora_weights
     # As in PEFT, embeddings start as ever where a start is not for them.
     if isinstance(init, str) and init != "gaussian" and (site.kind != "embedding" or init == "mica"):
-        return special_factors(site, rank, init, config.scaling_for(site.name))
+        return special_factors(site, rank, init, scaling)
     if site.kind == "embedding":
         tokens, width = site.weight.shape
         first = site.zeros(rank, tokens) if init else site.normal(rank, tokens)

@@ -14,13 +14,17 @@ from torch import Tensor, distributed, nn
 from tunerkit import PeftModel
 from tunerkit.errors import ConfigError
 from tunerkit.naming import listing
-from tunerkit_lora.inits.pca import IncrementalPCA
+from tunerkit_lora.inits.pca import no_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from tunerkit_lora.config import LoraConfig
+    from tunerkit_lora.inits.pca import IncrementalPCA
     from tunerkit_lora.subconfigs import EvaConfig
+
+    PrepareRows = Callable[..., Tensor] | Mapping[str, Callable[..., Tensor]] | None
+    Seen = list[tuple[Tensor, IncrementalPCA, IncrementalPCA]]
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -99,7 +103,7 @@ class Watch:
         self.share = rank
         self.rank = min(round(rank * settings.rho), _width(module))
         self.tau = settings.tau
-        self.pca = IncrementalPCA(self.rank)
+        self.pca = no_rows(self.rank)
         self.converged = torch.zeros(self.rank, dtype=torch.bool)
 
     @property
@@ -107,14 +111,22 @@ class Watch:
         """Whether the components that the layer is to get have stayed as they were."""
         return bool(self.converged[: self.rank].all())
 
-    def add(self, rows: Tensor) -> None:
-        """Take in rows of the layer's input; fewer than there are components to find are passed over."""
-        if len(rows) < self.pca.count:
+    def add(self, rows: Tensor, last: Seen) -> None:
+        """Take in rows of the layer's input; fewer than there are components to find are passed over.
+
+        Args:
+            rows: The rows.
+            last: The rows that the layer before this one took in, with its components before and after. Layers that are
+                given one input, as an attention's query, key and value are, find them once. It is brought up to date.
+        """
+        before = self.pca
+        if len(rows) < before.count:
             return
-        before = self.pca.components if self.pca.rows else None
-        self.pca.add(rows)
-        if before is not None:
-            self.converged = F.cosine_similarity(self.pca.components, before) >= self.tau
+        same = [after for known, start, after in last if start is before and torch.equal(known, rows)]
+        self.pca = same[0] if same else before.with_rows(rows)
+        last[:] = [(rows, before, self.pca)]
+        if before.rows:
+            self.converged = F.cosine_similarity(self.pca.components, before.components) >= self.tau
 
     def directions(self, *, whiten: bool) -> Tensor:
         """Return the components that the layer gets, rank x in."""
@@ -130,7 +142,7 @@ def observe(
     watches: Sequence[Watch],
     forward_fn: Callable[..., Any],
     prepare_batch: Callable[..., Any] | None,
-    prepare_rows: Callable[..., Tensor] | Mapping[str, Callable[..., Tensor]] | None,
+    prepare_rows: PrepareRows,
     *,
     gather: bool,
     progress: bool,
@@ -152,10 +164,11 @@ def observe(
             for batch in _again_and_again(dataloader, watches):
                 moved = _to_device(batch, _device(model))
                 places = moved if prepare_batch is None else prepare_batch(moved, config)
+                last: Seen = []
                 with contextlib.ExitStack() as hooks:
                     for watch in watches:
                         if not watch.settled:
-                            hooks.callback(_hook(watch, functions[watch.name], places, gather=gather).remove)
+                            hooks.callback(_hook(watch, functions[watch.name], places, last, gather=gather).remove)
                     forward_fn(model, moved)
                 if all(watch.pca.rows for watch in watches):
                     _deal_out(watches)
@@ -167,9 +180,7 @@ def observe(
                 module.training = training
 
 
-def _functions(
-    watches: Sequence[Watch], given: Callable[..., Tensor] | Mapping[str, Callable[..., Tensor]] | None
-) -> dict[str, Callable[..., Tensor]]:
+def _functions(watches: Sequence[Watch], given: PrepareRows) -> dict[str, Callable[..., Tensor]]:
     names = [watch.name for watch in watches]
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, all_rows if given is None else given)
@@ -180,10 +191,11 @@ def _functions(
     return {name: given.get(name, all_rows) for name in names}
 
 
-def _hook(watch: Watch, prepare: Callable[..., Tensor], places: Any, *, gather: bool) -> Any:
+def _hook(watch: Watch, prepare: Callable[..., Tensor], places: Any, last: Seen, *, gather: bool) -> Any:
     def look(_module: nn.Module, args: tuple[Any, ...], _output: object) -> None:
         rows = prepare(args, places, watch.name)
-        watch.add(_gathered(rows) if gather and distributed.is_available() and distributed.is_initialized() else rows)
+        together = gather and distributed.is_available() and distributed.is_initialized()
+        watch.add(_gathered(rows) if together else rows, last)
 
     return watch.module.register_forward_hook(look)
 

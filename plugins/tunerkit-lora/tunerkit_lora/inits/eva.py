@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from tunerkit.sites import Site
+    from tunerkit_lora.inits.activations import PrepareRows
     from tunerkit_lora.subconfigs import EvaConfig
 
 
@@ -38,9 +39,7 @@ def get_eva_state_dict(
     peft_config: LoraConfig | None = None,
     forward_fn: Callable[..., Any] = forward_fn_dict,
     prepare_model_inputs_fn: Callable[..., Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: (
-        Callable[..., Tensor] | Mapping[str, Callable[..., Tensor]] | None
-    ) = prepare_layer_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: PrepareRows = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -100,9 +99,7 @@ def initialize_lora_eva_weights(
     eva_state_dict: Mapping[str, Tensor] | None = None,
     forward_fn: Callable[..., Any] = forward_fn_dict,
     prepare_model_inputs_fn: Callable[..., Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: (
-        Callable[..., Tensor] | Mapping[str, Callable[..., Tensor]] | None
-    ) = prepare_layer_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: PrepareRows = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,

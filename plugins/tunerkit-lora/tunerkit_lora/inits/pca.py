@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ _ITERATIONS = 4
 
 
 class IncrementalPCA:
-    """The leading principal components of all rows seen so far, in the memory of one batch.
+    """The leading principal components of all rows seen so far, in the memory of one batch; it does not change.
 
     From "Incremental Learning for Robust Visual Tracking" (Ross and others, 2008): the components so far, each as long
     as its singular value, stand for the rows they were made from, and one more row for the move of the mean.
@@ -36,8 +38,8 @@ class IncrementalPCA:
         self._mean: Tensor
         self._spread: Tensor
 
-    def add(self, batch: Tensor) -> None:
-        """Take in more rows.
+    def with_rows(self, batch: Tensor) -> IncrementalPCA:
+        """Return the components of these rows and all that were seen before.
 
         Args:
             batch: Rows x features; at least `count` of either.
@@ -56,7 +58,15 @@ class IncrementalPCA:
         _, s, vh = lowrank_svd(centred, 2 * self.count, _ITERATIONS)
         # Of the two directions of a component the one in which its largest element is positive, for comparisons.
         largest = vh.gather(1, vh.abs().argmax(1, keepdim=True))
-        self.components = (vh * largest.sign())[: self.count]
-        self.singular_values = s[: self.count]
-        self.explained = (s.square() / spread)[: self.count]
-        self.rows, self._mean, self._spread = self.rows + new, mean, spread
+        made = IncrementalPCA(self.count)
+        made.components = (vh * largest.sign())[: self.count]
+        made.singular_values = s[: self.count]
+        made.explained = (s.square() / spread)[: self.count]
+        made.rows, made._mean, made._spread = self.rows + new, mean, spread
+        return made
+
+
+@functools.cache
+def no_rows(count: int) -> IncrementalPCA:
+    """Return the components before any row was seen, the same object for the same count."""
+    return IncrementalPCA(count)
