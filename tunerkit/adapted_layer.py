@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import AdapterStateError, MergeError, RouteError
 from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
-from tunerkit.layer import BaseTunerLayer, split_input
+from tunerkit.layer import BaseTunerLayer, cast_up, split_input
+from tunerkit.modules import begin, parameters_in, set_mode, tensors_in
 from tunerkit.names import PerAdapter, expose, withdraw
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
@@ -40,10 +41,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     follows_routes: ClassVar[bool] = True
 
     def __init__(self, site: Site, owner: Owner) -> None:
-        super().__init__()
+        begin(self)
         self._modules["base_layer"] = site.module
-        self.training = site.module.training
         self.__dict__.update(
+            training=site.module.training,
             _adapters={},
             _stack=(),
             _sole=None,
@@ -185,7 +186,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter.__dict__.update(
             _method=method,
             _layer_class=layer_class,
-            _frozen=frozenset(key for key, tensor in adapter.named_parameters() if not tensor.requires_grad),
+            _frozen=_frozen_keys(adapter),
         )
         if adapter.training != self.training:
             adapter.train(self.training)
@@ -197,11 +198,20 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter = self._adapters.get(name)
         return {} if adapter is None else adapter.state_dict(keep_vars=True)
 
+    def cast_up(self, name: str) -> None:
+        """Make an adapter's tensors float32 where they are of lower precision, in place."""
+        adapter = self._adapters.get(name)
+        if adapter is not None:
+            cast_up(tensors_in(adapter))
+
     def trainable_tensors(self, name: str) -> Iterator[Tensor]:
         """Go through the tensors of an adapter that train when it does."""
         adapter = self._adapters.get(name)
         if adapter is not None:
             frozen: frozenset[str] = adapter.__dict__["_frozen"]
+            if not frozen:
+                yield from parameters_in(adapter)
+                return
             for key, tensor in adapter.named_parameters():
                 if key not in frozen:
                     yield tensor
@@ -241,6 +251,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         sole = stack[0] if len(stack) == 1 and self._merged is None else None
         self.__dict__.update(_stack=stack, _sole=sole)
         self._owner.changes += 1
+
+    @property
+    def merges_when_switched(self) -> bool:
+        """Whether switching the adapters off or on changes the base layer, for some are merged or were."""
+        return self._merged is not None or bool(self._merged_before)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, or on again; what is merged is taken out and put back: off means the base layer."""
@@ -307,6 +322,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             )
             raise AdapterStateError(msg)
 
+    def get_base_layer(self) -> nn.Module:
+        """Return the layer below all adapters, also where one such layer wraps another."""
+        base: Any = self._modules["base_layer"]
+        return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
+
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return by how much an adapter alone changes the base layer's weight; see `tunerkit.folding.delta_weight`."""
         return delta_weight(self.bare_site, self._adapters, adapter_name)
@@ -346,9 +366,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set training mode, for the adapters too, which stand outside the module tree."""
-        for adapter in self._adapters.values():
-            adapter.train(mode)
-        return super().train(mode)
+        self.__dict__["training"] = mode
+        for module in (*self._adapters.values(), *self._modules.values()):
+            set_mode(module, mode)  # type: ignore[arg-type]
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -381,6 +402,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 if call is not None:
                     return call.__get__(self, type(self))
         return getattr(self.base_layer, name)
+
+
+def _frozen_keys(adapter: Adapter) -> frozenset[str]:
+    """Return the names of the parameters that do not train even when the adapter does."""
+    if all(parameter.requires_grad for parameter in parameters_in(adapter)):
+        return frozenset()
+    return frozenset(key for key, parameter in adapter.named_parameters() if not parameter.requires_grad)
 
 
 def _own(kind: type[BaseTunerLayer], name: str) -> Any:

@@ -11,6 +11,7 @@ from tunerkit.adapter import Adapter, Part
 from tunerkit.defaults import site_of
 from tunerkit.errors import PluginError, UnsupportedSiteError
 from tunerkit.layer import BaseTunerLayer
+from tunerkit.modules import tensors_in
 from tunerkit.names import EntryModule
 from tunerkit.naming import method_id
 from tunerkit.sites import make_on_meta, make_site
@@ -158,7 +159,7 @@ def _place_tensors(adapter: Adapter, device: Any, method: str) -> None:
                     f"its `entries` {adapter.entries} does not name. Add it, so that checkpoints can be matched."
                 )
                 raise PluginError(msg)
-    for tensor in (*adapter.parameters(), *adapter.buffers()):
+    for tensor in tensors_in(adapter):
         if tensor.device != device and not tensor.is_meta:
             tensor.data = tensor.data.to(device)
 

@@ -190,12 +190,13 @@ class BaseTunerLayer(metaclass=MethodMeta):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.check_together(names)
-        trains = [] if inference_mode else [name for name in self.available_adapters if name in names]
+        available = self.available_adapters
+        trains = [] if inference_mode else [name for name in available if name in names]
         if self._disable_adapters:
             self._trained_before = [tensor for name in trains for tensor in self.trainable_tensors(name)]
             trains = []
-        for name in self.available_adapters:
-            self.set_requires_grad(name, requires_grad=name in trains)
+        self.set_requires_grad([name for name in available if name not in trains], requires_grad=False)
+        self.set_requires_grad(trains)
         self._activate(names)
 
     def check_together(self, names: Sequence[str]) -> None:
@@ -208,11 +209,11 @@ class BaseTunerLayer(metaclass=MethodMeta):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters train; names that this layer does not have are passed over."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        available = set(self.available_adapters)
+        available = self.available_adapters if names else ()
         for name in names:
             if name in available:
                 for tensor in self.trainable_tensors(name):
-                    tensor.requires_grad_(requires_grad)
+                    tensor.requires_grad = requires_grad
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of the layer off, or on again.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tunerkit.errors import PluginError
+from tunerkit.modules import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ class EntryModule(nn.Module):
     """One entry of all adapters of a layer, `layer.lora_A`; used like an `nn.ModuleDict` or `nn.ParameterDict`."""
 
     def __init__(self, adapters: dict[str, nn.Module], entry: str) -> None:
-        super().__init__()
+        begin(self)
         for kind in _KINDS:
             self.__dict__[kind] = EntryView(adapters, kind, entry)
 
@@ -205,7 +206,7 @@ def expose(owner: nn.Module, adapters: dict[str, nn.Module], name: str) -> None:
     for entry in entries_of(adapter):
         if entry not in owner._modules:
             owner._modules[entry] = module = EntryModule(adapters, entry)
-            module.training = owner.training
+            module.__dict__["training"] = owner.training
     for entry in adapter._non_persistent_buffers_set:
         owner._modules[entry]._non_persistent_buffers_set.add(name)  # type: ignore[union-attr]
 
