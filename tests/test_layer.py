@@ -9,7 +9,7 @@ from torch import nn
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter
 from tunerkit.errors import AdapterWarning
-from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.layer import BaseTunerLayer, original, stack_at, tuner_layers
 from tunerkit.route import Owner
 from tunerkit.sites import make_site
 
@@ -65,6 +65,16 @@ class Written(nn.Module, BaseTunerLayer):
             if name in self.hand_A:
                 y = y + self.hand_alpha[name] * self.hand_A[name](x) * self.hand_vector[name]
         return y
+
+
+class Renamed(nn.Module, BaseTunerLayer):
+    """A layer whose base layer has another name."""
+
+    base_name = "inner"
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
 
 
 class WrittenToy(Written, ToyLayer):
@@ -363,6 +373,26 @@ class TestWalk:
         model.register_module("nothing", None)
         assert [path for path, _ in tuner_layers(model)] == ["0"]
 
+    def test_base_layers_of_another_name(self):
+        below = adapted("a")
+        upper = Renamed(below)
+        assert list(tuner_layers(upper)) == [("", upper), ("inner", below)]
+        model = nn.Sequential(Renamed(nn.Sequential(nn.Tanh(), below)))
+        assert [path for path, _ in tuner_layers(model)] == ["0", "0.inner.1"]
+
+    def test_children_that_are_called_as_base_layers_are(self):
+        layer = written("a")
+        layer.base_layer.base_layer = adapted("b")
+        model = nn.ModuleDict({"base_layer": layer, "my_base_layer": adapted("c")})
+        paths = ["base_layer", "base_layer.base_layer.base_layer", "my_base_layer"]
+        assert [path for path, _ in tuner_layers(model)] == paths
+
+    def test_a_stack(self):
+        below = adapted("a")
+        upper = Renamed(below)
+        assert list(stack_at(upper)) == [upper, below]
+        assert list(stack_at(below.base_layer)) == []
+
     def test_compiled(self):
         layer = adapted("a")
         model = torch.compile(nn.Sequential(layer), backend="eager")
@@ -374,3 +404,8 @@ class TestWalk:
         model = nn.Sequential(adapted("a"))
         other = copy.deepcopy(model)
         assert [found for _, found in tuner_layers(other)] == [other[0]]
+
+
+def test_the_original_of_a_compiled_model():
+    model = nn.Sequential()
+    assert original(model) is original(torch.compile(model, backend="eager")) is model

@@ -134,3 +134,23 @@ class TestListing:
         text = naming.listing(names, limit)
         rest = int(text.split(" and ")[1].split()[0]) if " and " in text else 0
         assert text.count("'") // 2 + rest == len(names)
+
+
+class TestUncompiled:
+    @pytest.mark.parametrize(
+        ("path", "plain"),
+        [
+            ("", ""),
+            ("a.b", "a.b"),
+            ("_orig_mod", ""),
+            ("_orig_mod.a", "a"),
+            ("a._orig_mod", "a"),
+            ("a._orig_mod.b._orig_mod.weight", "a.b.weight"),
+            ("base_model.model._orig_mod.a", "base_model.model.a"),
+            ("my_orig_mod.a", "my_orig_mod.a"),
+            ("a.my_orig_mod._orig_mod.weight", "a.my_orig_mod.weight"),
+            ("_orig_mod_.a", "_orig_mod_.a"),
+        ],
+    )
+    def test_whole_parts_are_left_out(self, path, plain):
+        assert naming.uncompiled(path) == plain

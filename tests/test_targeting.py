@@ -16,8 +16,10 @@ from tunerkit.errors import NoMatchingPeftModuleError
 from tunerkit.layer import tuner_layers
 from tunerkit.targeting import (
     LayerChoice,
+    adapted_places,
     all_linear,
     endings,
+    exact_targets,
     keys_in_state,
     match_name,
     match_pattern,
@@ -382,3 +384,64 @@ class TestKeysInState:
         model = get_peft_model(Hostile(), IA3Config(target_modules=["left"], feedforward_modules=[]))
         keys = ["base_model.model.left.lora_A.weight"]
         assert keys_in_state(model.get_base_model(), keys, ("lora_A",), "") == {"left"}
+
+    def test_a_module_that_is_called_as_a_compiled_one_holds_it(self):
+        model = nn.ModuleDict({"my_orig_mod": nn.ModuleDict({"x": nn.Linear(2, 2)}), "my_x": nn.Linear(2, 2)})
+        for path in ("my_orig_mod.x", "my_x"):
+            assert keys_in_state(model, [f"base_model.model.{path}.lora_A.weight"], ("lora_A",), "") == {path}
+
+    @pytest.mark.parametrize(
+        ("key", "path"),
+        [
+            ("experts.base_layer.lora_A", "experts"),
+            ("experts.base_layer.base_layer.gate.lora_A", "experts.gate"),
+            ("block.base_layer.lora_A", "block.base_layer"),
+            ("block.base_layer.base_layer.lora_A", "block.base_layer"),
+            ("block.base_layer.base_layer.inner.lora_A", "block.base_layer.inner"),
+            ("block.base_layer.inner.lora_A", "block.base_layer.inner"),
+            ("base_layer.lora_A", "base_layer"),
+        ],
+    )
+    def test_layers_that_stand_on_others(self, key, path):
+        model = nn.ModuleDict(
+            {
+                "experts": nn.ModuleDict({"gate": nn.Linear(2, 2)}),
+                "block": nn.ModuleDict({"base_layer": nn.ModuleDict({"inner": nn.Linear(2, 2)})}),
+                "base_layer": nn.Linear(2, 2),
+            }
+        )
+        assert keys_in_state(model, [f"base_model.model.{key}.weight"], ("lora_A",), "") == {path}
+
+
+class Parent(nn.Module):
+    """Holds a parameter, and a child of a name that layers with adapters use."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 2))
+        self.down = nn.Parameter(torch.randn(2, 2))
+        self.base_layer = nn.Linear(2, 2)
+
+
+class TestAdaptedPlaces:
+    def test_paths_are_those_without_adapters(self):
+        base = nn.ModuleDict({"one": Parent(), "two": Parent()})
+        base["three"] = base["one"]
+        config = LoraConfig(r=2, target_modules=["one.base_layer"], target_parameters=["one.up", "one.down", "two.up"])
+        model = get_peft_model(base, config).get_base_model()
+        found = [(path, layer.parameter_name) for path, layer in adapted_places(model)]
+        assert found == [("one", "down"), ("one", "up"), ("one.base_layer", None), ("two", "up")]
+        assert [layer for _, layer in adapted_places(model)] == [layer for _, layer in tuner_layers(model)]
+
+
+class TestExactTargets:
+    def test_names_where_they_mean_nothing_else(self):
+        model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ModuleDict({"c": nn.Linear(2, 2)})})
+        assert exact_targets(model, ["a", "b.c"]) == {"a", "b.c"}
+        assert exact_targets(model, []) == set()
+
+    def test_a_pattern_where_another_path_ends_in_a_name(self):
+        model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ModuleDict({"a": nn.Linear(2, 2), "+": nn.Linear(2, 2)})})
+        assert exact_targets(model, ["a", "b.a"]) == {"a", "b.a"}
+        pattern = exact_targets(model, ["a", "b.+"])
+        assert [path for path in ("a", "b", "b.a", "b.+", "b.b") if match_name(pattern, path)] == ["a", "b.+"]

@@ -24,7 +24,7 @@ from tunerkit.errors import (
     UnknownMethodError,
 )
 from tunerkit.testing.bench import Snapshot, difference, move, same_bits
-from tunerkit.tuner import find_tuner
+from tunerkit.tuner import find_tuner, tuner_of
 from tunerkit_ia3 import IA3Config, IA3Layer, IA3Model
 from tunerkit_lora import LoraConfig, LoraLayer, LoraModel
 
@@ -562,3 +562,28 @@ def test_find_tuner():
     assert find_tuner(model) is find_tuner(model.base_model) is model.base_model
     assert find_tuner(model.get_base_model()) is None
     assert find_tuner(nn.Sequential(make_base())) is None
+    assert find_tuner(torch.compile(model, backend="eager")) is model.base_model
+    assert find_tuner(torch.compile(model.base_model, backend="eager")) is model.base_model
+
+
+class TestTunerOf:
+    def test_the_tuner_itself(self):
+        model = get_peft_model(make_base(), lora())
+        for given in (model, model.base_model, torch.compile(model, backend="eager")):
+            assert tuner_of(given) is tuner_of(given, adapted=True) is model.base_model
+
+    def test_one_around_injected_adapters(self):
+        model = tunerkit.inject_adapter_in_model(lora(), make_base())
+        for given in (model, torch.compile(model, backend="eager")):
+            assert tuner_of(given, adapted=True).model is model
+            assert list(tuner_of(given).peft_config) == ["default"]
+
+    def test_of_an_empty_model(self):
+        empty = nn.Sequential()
+        assert tuner_of(torch.compile(empty, backend="eager")).model is empty
+
+    def test_no_adapters(self):
+        base = make_base()
+        assert tuner_of(base).model is base
+        with pytest.raises(UnknownAdapterError, match=r"model \(Sequential\) has no adapters. Attach one with"):
+            tuner_of(base, adapted=True)

@@ -19,6 +19,7 @@ from tunerkit.names import withdraw
 from tunerkit.naming import closest, given_names, listing
 from tunerkit.replication import Replication
 from tunerkit.route import Owner
+from tunerkit.targeting import adapted_places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -101,11 +102,11 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     def targeted_parameter_names(self) -> list[str]:
         """The paths of the parameters that are adapted by themselves now."""
         found: dict[str, list[str]] = {}
-        for path, layer in tuner_layers(self.model):
+        for path, layer in adapted_places(self.model):
             name = _parameter_of(layer)
             if name is not None:
                 # The layers of one module's parameters stand on one another, the first at the bottom.
-                found.setdefault(path.replace(".base_layer", ""), []).insert(0, name)
+                found.setdefault(path, []).insert(0, name)
         return [f"{path}.{name}" for path, names in found.items() for name in names]
 
     def layers(self) -> Iterator[BaseTunerLayer]:

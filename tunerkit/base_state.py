@@ -8,7 +8,7 @@ from tunerkit.checkpoint.report import LoadReport
 from tunerkit.errors import AdapterStateError, CheckpointError
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.naming import listing
-from tunerkit.tuner import BaseTuner, find_tuner
+from tunerkit.tuner import tuner_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +24,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: A `PeftModel`, or a model into which adapters were injected.
     """
-    base = _tuner_of(model).model
+    base = tuner_of(model).model
     return {own: value for key, value in base.state_dict().items() if (own := _base_key(base, key)) is not None}
 
 
@@ -43,7 +43,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         CheckpointError: Keys are missing or unexpected and `strict` is set, or shapes differ; nothing was changed.
         AdapterStateError: Adapters are merged, so that unmerging would put the old values back.
     """
-    tuner = _tuner_of(model)
+    tuner = tuner_of(model)
     if any(layer.merged for layer in tuner.layers()):
         msg = "Adapters are merged, so unmerging would put the old weights back. Call unmerge_adapter() first."
         raise AdapterStateError(msg)
@@ -62,10 +62,6 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     _refuse(report, strict=strict)
     base.load_state_dict({known[own]: state_dict[own] for own in report.loaded_keys}, strict=False)
     return report
-
-
-def _tuner_of(model: nn.Module) -> BaseTuner:
-    return find_tuner(model) or BaseTuner.around(model)
 
 
 def _size(shape: tuple[int, ...] | None) -> str:

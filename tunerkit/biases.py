@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.checkpoint.base_model import BasePiece, base_modules, file_path
-from tunerkit.checkpoint.state import PREFIX, Piece
 from tunerkit.errors import AdapterStateError, ConfigError, MergeError, RouteError
 from tunerkit.layer import BaseTunerLayer, tuner_layers
-from tunerkit.naming import listing
+from tunerkit.naming import PREFIX, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
 
+    from tunerkit.checkpoint.state import Piece
     from tunerkit.config import PeftConfig
     from tunerkit.journal import Journal
 
@@ -77,9 +77,9 @@ class Biases:
 
     def _places(self) -> Iterator[tuple[str, nn.Module, bool]]:
         if self.model is not None:
-            for path, module, adapted in base_modules(self.model, self.name):
+            for path, module, place in base_modules(self.model, self.name):
                 if module._parameters.get(_BIAS) is not None:
-                    yield path, module, adapted
+                    yield path, module, path != place
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the biases, the base model's own also where adapters are merged into others in their place."""

@@ -77,9 +77,9 @@ def embeddings_to_load(model: nn.Module, name: str, prefix: str) -> list[Piece]:
     """
     embeddings = [bare(layer) for layer in _embeddings(model)]
     found: list[Piece] = []
-    for path, module, adapted in base_modules(model, name):
+    for path, module, place in base_modules(model, name):
         if any(module is embedding for embedding in embeddings):
-            forms = [path, path.removesuffix(".base_layer")] if adapted else [path, f"{path}.base_layer"]
+            forms = [path, place if path != place else f"{path}.{BaseTunerLayer.base_name}"]
             found += [BasePiece(file_path(form, prefix), module, name, _own(model, module)) for form in forms]
     return found
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from tunerkit.biases import trained_biases
 from tunerkit.checkpoint.base_model import repeated_keys
 from tunerkit.checkpoint.files import read_tensors
-from tunerkit.checkpoint.state import PREFIX, Loading, Piece, collect, pieces
+from tunerkit.checkpoint.state import Loading, Piece, collect, pieces
 from tunerkit.config import check_config
 from tunerkit.embeddings import check_writable, embeddings_to_load, embeddings_to_save
 from tunerkit.errors import AdapterStateError, TargetError, UnknownAdapterError
 from tunerkit.keywords import check_loading
 from tunerkit.layer import tuner_layers
-from tunerkit.naming import listing
+from tunerkit.naming import PREFIX, listing
 from tunerkit.plugins import get_method
-from tunerkit.tuner import BaseTuner, find_tuner
+from tunerkit.tuner import BaseTuner, find_tuner, tuner_of
 
 if TYPE_CHECKING:
     import contextlib
@@ -87,7 +87,7 @@ def use_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> contextl
         UnknownAdapterError: There is no such adapter.
         RouteError: Adapters are merged.
     """
-    return _tuner_of(model).use_adapter(adapter_name)
+    return tuner_of(model, adapted=True).use_adapter(adapter_name)
 
 
 def use_rows(
@@ -104,7 +104,7 @@ def use_rows(
         UnknownAdapterError: There is no such adapter.
         RouteError: Rows of this model cannot have adapters of their own.
     """
-    return _tuner_of(model).use_rows(adapter_names, repeats)
+    return tuner_of(model, adapted=True).use_rows(adapter_names, repeats)
 
 
 def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -119,7 +119,7 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode:
         UnknownAdapterError: There is no such adapter.
         AdapterStateError: They cannot be active together.
     """
-    _tuner_of(model).set_adapter(adapter_name, inference_mode=inference_mode)
+    tuner_of(model, adapted=True).set_adapter(adapter_name, inference_mode=inference_mode)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -130,7 +130,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
         adapter_names: One name or several.
         requires_grad: Whether they train.
     """
-    _tuner_of(model).set_requires_grad(adapter_names, requires_grad)
+    tuner_of(model, adapted=True).set_requires_grad(adapter_names, requires_grad)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "") -> list[str] | None:
@@ -149,7 +149,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "") -> lis
         AdapterStateError: It is merged.
     """
     del prefix
-    tuner = _tuner_of(model)
+    tuner = tuner_of(model, adapted=True)
     tuner.delete_adapter(adapter_name)
     return tuner.active_adapters or None
 
@@ -162,8 +162,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         adapter_name: The adapter's name.
         autocast_adapter_dtype: Whether to do it at all.
     """
-    tuner = find_tuner(model) or BaseTuner.around(model)
-    tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+    tuner_of(model)._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
 
 def get_peft_model_state_dict(
@@ -179,7 +178,7 @@ def get_peft_model_state_dict(
         model: A `PeftModel`, or a model into which adapters were injected.
         state_dict: The model's state, gathered elsewhere, to take the values from.
         adapter_name: The adapter.
-        unwrap_compiled: Accepted for PEFT's sake; keys never hold the compiler's `_orig_mod`.
+        unwrap_compiled: Accepted for PEFT's sake; keys are those of a model that is not compiled.
         save_embedding_layers: Whether the base model's input and output embeddings are saved beside the adapter. "auto"
             does that, with a `SaveWarning`, if `target_modules` names `embed_tokens` or `lm_head`, or if the model's
             vocabulary is not of the size that the `config.json` in the folder says from which the model came.
@@ -277,15 +276,6 @@ def _base(model: nn.Module) -> tuple[nn.Module, str]:
     """Return the base model, and what stands before its modules' paths in a checkpoint's keys."""
     tuner = find_tuner(model)
     return (model, "") if tuner is None else (tuner.model, PREFIX)
-
-
-def _tuner_of(model: nn.Module) -> BaseTuner:
-    """Return the tuner of a model, or one that is made around the adapters that were injected into it."""
-    tuner = find_tuner(model)
-    if tuner is None and not any(True for _ in tuner_layers(model)):
-        msg = f"The model ({type(model).__name__}) has no adapters. Attach one with get_peft_model(model, config)."
-        raise UnknownAdapterError(msg)
-    return tuner or BaseTuner.around(model)
 
 
 def pieces_of(model: nn.Module, name: str) -> list[Piece]:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Literal
 from tunerkit._typecheck import fits
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter
-from tunerkit.checkpoint.state import PREFIX, Loading, Piece, piece_of
+from tunerkit.checkpoint.state import Loading, Piece, piece_of
 from tunerkit.config import check_config
 from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, ConfigError, UnknownAdapterError
 from tunerkit.journal import Journal
-from tunerkit.layer import tuner_layers
-from tunerkit.naming import listing, method_id
+from tunerkit.layer import original, tuner_layers
+from tunerkit.naming import PREFIX, listing, method_id
 from tunerkit.route import Owner
 from tunerkit.saved import SavedAdapter
 from tunerkit.sites import make_on_meta
-from tunerkit.tuner import BaseTuner, find_tuner
+from tunerkit.tuner import tuner_of
 
 if TYPE_CHECKING:
     import os
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tunerkit.config import PeftConfig
+    from tunerkit.tuner import BaseTuner
 
 
 def hotswap_adapter(
@@ -89,7 +90,7 @@ def hotswap_adapter_from_state_dict(
         AdapterStateError: The adapter is merged, or the method cannot be swapped; the model is as it was.
     """
     del parameter_prefix
-    tuner = _tuner_of(model)
+    tuner = tuner_of(model)
     layers = _layers_to_swap(tuner, adapter_name, check_config(config))
     with Journal() as journal:
         journal.note_module(tuner)
@@ -136,13 +137,13 @@ def prepare_model_for_compiled_hotswap(
     if target_rank is not None and not (fits(target_rank, int) and target_rank > 0):
         msg = f"target_rank must be a whole number above 0, or None to leave ranks as they are; it is {target_rank!r}."
         raise ConfigError(msg)
-    if "_orig_mod" in model._modules or model.__dict__.get("_compiled_call_impl") is not None:
+    if original(model) is not model or model.__dict__.get("_compiled_call_impl") is not None:
         msg = "The model is compiled already, so preparing it now makes it compile again. Prepare it first."
         if check_compiled == "error":
             raise AdapterStateError(msg)
         if check_compiled == "warn":
             warnings.warn(AdapterWarning(msg), stacklevel=2)
-    layers = [layer for layer in _tuner_of(model).layers() if isinstance(layer, AdaptedLayer)]
+    layers = [layer for layer in tuner_of(model).layers() if isinstance(layer, AdaptedLayer)]
     if not layers:
         msg = "The model has no adapters to prepare. Load the first adapter, then prepare the model, then compile it."
         raise UnknownAdapterError(msg)
@@ -152,12 +153,6 @@ def prepare_model_for_compiled_hotswap(
                 for module in adapter.modules():
                     journal.note_module(module)
                 adapter.make_room(target_rank, layer.site.device)
-
-
-def _tuner_of(model: nn.Module) -> BaseTuner:
-    inner = model._modules.get("_orig_mod")
-    whole = model if inner is None else inner
-    return find_tuner(whole) or BaseTuner.around(whole)
 
 
 def _layers_to_swap(tuner: BaseTuner, name: str, config: PeftConfig) -> list[tuple[str, AdaptedLayer]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from tunerkit.errors import AdapterWarning
-from tunerkit.naming import listing
+from tunerkit.naming import COMPILED, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -302,13 +302,26 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
     seen.add(id(module))
     if isinstance(module, BaseTunerLayer):
         yield prefix, module
-        base = module._modules.get("base_layer")
+        base = module._modules.get(module.base_name)
         if base is not None and (base._modules or isinstance(base, BaseTunerLayer)):
-            yield from _walk(base, f"{prefix}.base_layer" if prefix else "base_layer", seen)
+            yield from _walk(base, f"{prefix}.{module.base_name}" if prefix else module.base_name, seen)
         return
     for name, child in module._modules.items():
         if child is not None and (child._modules or isinstance(child, BaseTunerLayer)):
             yield from _walk(child, f"{prefix}.{name}" if prefix else name, seen)
+
+
+def original(model: nn.Module) -> nn.Module:
+    """Return the model that was compiled, if this is what `torch.compile` returned for one, or else this one."""
+    inner = model._modules.get(COMPILED)
+    return model if inner is None else inner
+
+
+def stack_at(module: object) -> Iterator[BaseTunerLayer]:
+    """Go through the layers with adapters that stand on one another in a module's place, from the top."""
+    while isinstance(module, BaseTunerLayer):
+        yield module
+        module = getattr(module, module.base_name)
 
 
 def entry_name(key: str, name: str) -> str:

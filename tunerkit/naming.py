@@ -1,4 +1,4 @@
-"""The spellings of a method's name, the rules for adapter names, and the closest names for error messages."""
+"""The spellings of a method's name, the rules for adapter names, paths in keys, and names in error messages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from tunerkit.errors import AdapterNameError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+PREFIX = "base_model.model."
+"""What stands before the paths of the base model's modules in a checkpoint's keys."""
+
+COMPILED = "_orig_mod"
+"""The name under which what `torch.compile` returns holds the module."""
 
 _METHOD_ID = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 _MAX_ADAPTER_NAME = 100
@@ -47,6 +53,11 @@ def module_name(method: str) -> str:
 def peft_type_name(method: str) -> str:
     """Return what stands as `peft_type` in a checkpoint's config: `LN_TUNING`."""
     return method_id(method).replace("-", "_").upper()
+
+
+def uncompiled(path: str) -> str:
+    """Return the path of a module, or a tensor's key, as it is where nothing is compiled."""
+    return ".".join(part for part in path.split(".") if part != COMPILED)
 
 
 def check_adapter_name(name: object, reserved: Iterable[str] = ()) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from tunerkit.errors import StatusError, UnknownAdapterError
-from tunerkit.tuner import BaseTuner, find_tuner
+from tunerkit.tuner import find_tuner, tuner_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -95,9 +95,10 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         StatusError: It is no model.
         UnknownAdapterError: No layer has an adapter.
     """
-    tuner = _tuner_of(model)
+    _check_model(model)
+    tuner = tuner_of(model)
     # As in PEFT, paths are those below the tuner where there is one, and it calls the base model `model`.
-    paths = {id(module): path for path, module in (tuner if tuner is find_tuner(model) else model).named_modules()}
+    paths = {id(module): path for path, module in (find_tuner(model) or tuner.model).named_modules()}
     found = [_status_of(paths[id(layer)], layer) for layer in tuner.layers()]
     if not found:
         msg = (
@@ -119,7 +120,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         UnknownAdapterError: No layer has an adapter.
     """
     layers = get_layer_status(model)
-    tuner = _tuner_of(model)
+    tuner = tuner_of(model)
     trainable, total = count_parameters(model)
     active = {tuple(layer.active_adapters) for layer in layers}
     enabled = {layer.enabled for layer in layers}
@@ -165,12 +166,10 @@ def _count(parameter: Tensor) -> int:
     return parameter.numel() or whole
 
 
-def _tuner_of(model: object) -> BaseTuner:
-    """Return the tuner of a model, or one that is made around it for this look."""
+def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         msg = f"The status is that of a model, a torch.nn.Module; this is a {type(model).__name__}."
         raise StatusError(msg)
-    return find_tuner(model) or BaseTuner.around(model)
 
 
 def _status_of(path: str, layer: BaseTunerLayer) -> TunerLayerStatus:

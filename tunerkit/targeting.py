@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tunerkit.config import TaskType
 from tunerkit.errors import TargetError
-from tunerkit.layer import BaseTunerLayer
+from tunerkit.layer import BaseTunerLayer, stack_at
 from tunerkit.model_config import embedding_layers
+from tunerkit.naming import PREFIX, uncompiled
 from tunerkit.sites import site_class
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ HEADS: dict[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """The names of the new heads that transformers' models have for a task."""
-
-_WRAPPED = "base_model.model."
 
 
 def match_name(targets: str | Collection[str] | None, key: str) -> str | re.Match[str] | None:
@@ -244,6 +243,46 @@ def places(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
             yield from places(child, key)
 
 
+def adapted_places(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Go through the layers with adapters, by the paths that their modules have in a model without adapters.
+
+    Layers that stand on one another have the same path, and the uppermost comes first. Each layer comes once.
+    """
+    seen: set[int] = set()
+    for key, module, _, _ in places(model):
+        for layer in stack_at(module):
+            if id(layer) not in seen:
+                seen.add(id(layer))
+                yield key, layer
+
+
+def exact_targets(model: nn.Module, paths: Collection[str]) -> set[str] | str:
+    """Return as `target_modules` what means the modules at these paths and no others.
+
+    Args:
+        model: The model.
+        paths: The paths.
+    """
+    # A name also means every path that ends in it; a pattern means the whole path.
+    meant = {key for key, _ in modules_outside_adapters(model) if match_name(paths, key) is not None}
+    return set(paths) if meant <= set(paths) else "|".join(map(re.escape, paths))
+
+
+def base_path(path: str, modules: Collection[str]) -> str:
+    """Return a layer's path in a checkpoint as the path that its module has in a model without adapters.
+
+    Args:
+        path: The path, with the names under which layers with adapters hold what they stand on.
+        modules: The paths of the model's modules, of which one may itself have such a name.
+    """
+    found = ""
+    for part in path.split("."):
+        longer = f"{found}.{part}" if found else part
+        if part != BaseTunerLayer.base_name or longer in modules:
+            found = longer
+    return found
+
+
 def parameter_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str, str | None]]:
     """Go through the parameters of the modules below: path of the module, and what `place_of_parameter` returns."""
     for key, module, parent, name in places(model):
@@ -273,18 +312,15 @@ def keys_in_state(model: nn.Module, state_dict: Collection[str], entries: Collec
         entries: The names of the entries in which the method's adapters hold their tensors.
         prefix: What such names start with, for methods that declare no entries.
     """
-    known = {_uncompiled(path): path for path, _ in modules_outside_adapters(model)}
+    known = {uncompiled(path): path for path, _ in modules_outside_adapters(model)}
     found: set[str] = set()
     for key in state_dict:
         # A model may have a `base_model.model` of its own, and then keys without PEFT's look like keys with it.
-        forms = (_uncompiled(key).removeprefix(_WRAPPED), _uncompiled(key))
-        paths = (path for form in forms for path in _holders(form, entries, prefix) if path in known)
+        forms = (uncompiled(key).removeprefix(PREFIX), uncompiled(key))
+        holders = (base_path(path, known) for form in forms for path in _holders(form, entries, prefix))
+        paths = (path for path in holders if path in known)
         found.update(known[path] for path in itertools.islice(paths, 1))
     return found
-
-
-def _uncompiled(path: str) -> str:
-    return f"{path}.".replace("_orig_mod.", "").removesuffix(".")
 
 
 def _holders(key: str, entries: Collection[str], prefix: str) -> Iterator[str]:

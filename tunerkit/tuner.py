@@ -22,7 +22,7 @@ from tunerkit.errors import (
 )
 from tunerkit.hook_calls import HookCalls, declared_method, overrides_hooks
 from tunerkit.journal import Journal
-from tunerkit.layer import BaseTunerLayer, cast_up, tuner_layers
+from tunerkit.layer import BaseTunerLayer, cast_up, original, tuner_layers
 from tunerkit.modules_to_save import put_copies, tied_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
@@ -348,15 +348,31 @@ def plan(model: nn.Module, config: PeftConfig) -> Plan:
         NoMatchingPeftModuleError: Nothing is matched.
         TargetError: The config does not say what to target, and its method has no default for this model.
     """
-    return (find_tuner(model) or BaseTuner.around(model)).plan(check_config(config))
+    return tuner_of(model).plan(check_config(config))
 
 
 def find_tuner(model: nn.Module) -> BaseTuner | None:
-    """Return the tuner that a model is or holds as its `base_model`, or None."""
-    for candidate in (model, model._modules.get("base_model")):
-        if isinstance(candidate, BaseTuner):
-            return candidate
-    return None
+    """Return the tuner that a model is or holds as its `base_model`, or None; the model may be compiled."""
+    whole = original(model)
+    candidates = (whole, whole._modules.get("base_model"))
+    return next((candidate for candidate in candidates if isinstance(candidate, BaseTuner)), None)
+
+
+def tuner_of(model: nn.Module, *, adapted: bool = False) -> BaseTuner:
+    """Return the tuner of a model, or one that is made around it, with whatever adapters were injected into it.
+
+    Args:
+        model: The model; it may be compiled.
+        adapted: Whether it has to have adapters.
+
+    Raises:
+        UnknownAdapterError: It has to have adapters, and has none.
+    """
+    tuner = find_tuner(model)
+    if tuner is None and adapted and not any(True for _ in tuner_layers(model)):
+        msg = f"The model ({type(model).__name__}) has no adapters. Attach one with get_peft_model(model, config)."
+        raise UnknownAdapterError(msg)
+    return tuner or BaseTuner.around(original(model))
 
 
 def _declared(face: BaseTuner, config: PeftConfig) -> Method | None:

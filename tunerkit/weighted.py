@@ -13,6 +13,7 @@ from tunerkit.journal import Journal
 from tunerkit.layer import tuner_layers
 from tunerkit.names import RESERVED_NAMES
 from tunerkit.naming import check_adapter_name, listing
+from tunerkit.targeting import adapted_places, exact_targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -129,16 +130,19 @@ def _targets(tuner: BaseTuner, names: list[str], configs: list[PeftConfig]) -> d
         return {**found, "target_modules": {name for wanted in targets for name in wanted}}
     if same and all(isinstance(wanted, str) for wanted in targets):
         return {**found, "target_modules": "|".join(f"({wanted})" for wanted in dict.fromkeys(targets))}
-    # A layer within another one's base layer is adapted along with it.
-    paths = {
+    paths = dict.fromkeys(
         path
-        for path, layer in tuner_layers(tuner.model)
+        for path, layer in adapted_places(tuner.model)
         if isinstance(layer, AdaptedLayer)
         and not set(names).isdisjoint(layer.available_adapters)
-        and "base_layer" not in path.split(".")
-    }
+        and layer.site.alone(layer.get_base_layer()) is None  # else it is adapted along with another
+    )
     fields = {item.name for item in dataclasses.fields(configs[0])}
-    return {**found, "target_modules": paths, **{name: None for name in _WHERE if name in fields}}
+    return {
+        **found,
+        "target_modules": exact_targets(tuner.model, paths),
+        **{name: None for name in _WHERE if name in fields},
+    }
 
 
 def _copy(path: str, layer: BaseTunerLayer, names: list[str], adapter_name: str) -> None:

@@ -9,8 +9,9 @@ from torch import nn
 
 from tunerkit import Method, PeftConfig, get_peft_model, plugins, register
 from tunerkit.adapter import Adapter, Part
-from tunerkit.checkpoint.state import PREFIX, Loading, collect, pieces
+from tunerkit.checkpoint.state import Loading, collect, pieces
 from tunerkit.errors import CheckpointError
+from tunerkit.naming import PREFIX
 from tunerkit.testing.bench import Snapshot
 from tunerkit_ia3 import IA3Config
 from tunerkit_lora import LoraConfig

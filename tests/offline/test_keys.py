@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunerkit.offline.keys import Owner, by_number, owner_of
+from tunerkit.offline.keys import Owner, by_number, owner_of, owners_of
 
 ENTRIES = {"toy_A", "toy_B", "toy_vector"}
 
@@ -16,11 +16,32 @@ ENTRIES = {"toy_A", "toy_B", "toy_vector"}
         ("layers.0.q.toy_B.bias", Owner("layers.0.q", "toy_B")),
         ("base_model.model._orig_mod.q._orig_mod.toy_A.weight", Owner("q", "toy_A")),
         ("base_model.toy_A", Owner("", "toy_A")),
-        ("base_model.model.experts.base_layer.base_layer.toy_A", Owner("experts", "toy_A")),
     ],
 )
 def test_tensors_of_an_adapter(key, owner, entries):
     assert owner_of(key, entries) == owner
+
+
+@pytest.mark.parametrize(
+    ("below", "path"),
+    [
+        ("experts.toy_A", "experts"),
+        ("experts.base_layer.toy_A", "experts"),
+        ("experts.base_layer.base_layer.toy_A", "experts"),
+        ("experts.base_layer.base_layer.base_layer.gate.toy_A", "experts.gate"),
+        ("block.base_layer.toy_A", "block.base_layer"),
+        ("block.base_layer.base_layer.inner.toy_A", "block.base_layer.inner"),
+        ("lin.toy_A", "lin"),
+        ("lin.base_layer.base_layer.toy_A", "lin.base_layer"),
+        ("base_layer.toy_A", "base_layer"),
+        ("my_base_layer.base_layer_norm.toy_A", "my_base_layer.base_layer_norm"),
+    ],
+)
+def test_layers_that_stand_on_others_and_modules_that_are_called_as_what_these_hold(below, path):
+    others = ["experts.toy_A", "experts.base_layer.toy_A", "experts.base_layer.base_layer.toy_A"]
+    others += ["block.base_layer.toy_A", "lin.toy_A"]
+    keys = [f"base_model.model.{key}" for key in (*others, below)]
+    assert owners_of(keys, None)[keys[-1]] == Owner(path, "toy_A")
 
 
 def test_tensors_of_the_base_model():

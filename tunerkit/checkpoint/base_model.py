@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tunerkit.checkpoint.state import Piece
 from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.naming import uncompiled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,31 +22,33 @@ class BasePiece(Piece):
         return local
 
 
-def base_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Go through the modules of the base model: path in a checkpoint of an adapter, module, whether it adapts it.
+def base_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Go through the modules of the base model: path in a checkpoint of an adapter, module, place.
 
-    Only layers of the adapter itself are in the path: a checkpoint is the same whatever other adapters are there.
+    Only layers of the adapter itself are in the path: a checkpoint is the same whatever other adapters are there. The
+    place is the path of the uppermost layer that adapts the module, and the module's own if none does.
     Modules of which the adapter has a copy are left out: the copy is trained and saved as a whole.
     """
-    return _walk(model, "", name, adapted=False)
+    return _walk(model, "", "", name)
 
 
-def _walk(module: nn.Module, path: str, name: str, *, adapted: bool) -> Iterator[tuple[str, nn.Module, bool]]:
+def _walk(module: nn.Module, path: str, place: str, name: str) -> Iterator[tuple[str, nn.Module, str]]:
     if isinstance(module, BaseTunerLayer):
         here = name in module.available_adapters
         if not (here and module.replaces):
             below = f"{path}.{module.base_name}".lstrip(".") if here else path
-            yield from _walk(getattr(module, module.base_name), below, name, adapted=adapted or here)
+            yield from _walk(getattr(module, module.base_name), below, place, name)
         return
-    yield path, module, adapted
+    yield path, module, place
     for child_name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, f"{path}.{child_name}".lstrip("."), name, adapted=False)
+            below = f"{path}.{child_name}".lstrip(".")
+            yield from _walk(child, below, below, name)
 
 
 def file_path(path: str, prefix: str) -> str:
     """Return a module's path as it stands in a checkpoint's keys."""
-    return f"{prefix}{path}.".replace("_orig_mod.", "").removesuffix(".")
+    return uncompiled(f"{prefix}{path}")
 
 
 def repeated_keys(model: nn.Module, name: str, prefix: str) -> set[str]:

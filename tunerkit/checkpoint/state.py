@@ -17,13 +17,12 @@ from tunerkit.checkpoint.report import LoadReport
 from tunerkit.errors import CheckpointError
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, entry_name, tuner_layers
+from tunerkit.naming import PREFIX, uncompiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from tunerkit.adapter import Adapter, Part
-
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,7 @@ def piece_of(path: str, layer: BaseTunerLayer, name: str, prefix: str) -> Piece:
     tensors = layer.adapter_tensors(name)
     adapter = layer.adapters.get(name) if isinstance(layer, AdaptedLayer) else None
     own = adapter if adapter is not None and adapter.to_checkpoint(tensors) is not tensors else None
-    clean = f"{prefix}{path}.".replace("_orig_mod.", "").removesuffix(".")
-    return Piece(clean, layer, name, tensors, own)  # type: ignore[arg-type]
+    return Piece(uncompiled(f"{prefix}{path}"), layer, name, tensors, own)  # type: ignore[arg-type]
 
 
 def _levels(model: nn.Module, name: str) -> list[tuple[str, BaseTunerLayer]]:
@@ -266,7 +264,7 @@ class Loading:
 
 
 def _known(key: str, expected: set[str]) -> str:
-    key = key.replace("_orig_mod.", "")
+    key = uncompiled(key)
     forms = (key, f"{PREFIX}{key}", key.removeprefix(PREFIX))
     return next((form for form in forms if form in expected), key)
 

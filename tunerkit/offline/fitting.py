@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tunerkit.checkpoint.report import LoadReport
-from tunerkit.checkpoint.state import PREFIX
 from tunerkit.errors import CheckpointError, NoMatchingPeftModuleError, TunerkitError, TyingWarning
 from tunerkit.functional import cast_adapter_dtype, loading_for
-from tunerkit.naming import closest, listing
+from tunerkit.naming import PREFIX, closest, listing, uncompiled
 from tunerkit.offline.keys import by_number, owners_of
 from tunerkit.plugins import get_method
+from tunerkit.targeting import base_path
 from tunerkit.tuner import BaseTuner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -108,6 +109,7 @@ def match(
         owners: The module that each tensor belongs to, by key.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    owners = _in_base(owners, modules)
     paths: dict[str, list[str]] = {}
     for key, owner in owners.items():
         paths.setdefault(owner.path, []).append(key)
@@ -124,8 +126,10 @@ def match(
         targets = tuple(_target(path, keys, modules, LoadReport(), []) for path, keys in paths.items())
         return Fit(targets, problem="" if nowhere else str(error))
     missing: dict[str, list[str]] = {}
-    for key, owner in _owners(report.missing_keys, config).items():
-        missing.setdefault(owner.path, []).append(_below(key))
+    # What a key means follows from all keys that there should be.
+    whole = _in_base(_owners((*tensors, *report.missing_keys), config), modules)
+    for key in report.missing_keys:
+        missing.setdefault(whole[key].path, []).append(_below(key))
     lost = {path: missing.get(path, []) for path in (*paths, *missing)}
     targets = tuple(_target(path, paths.get(path, []), modules, report, keys) for path, keys in lost.items())
     return Fit(targets, tuner, lacking=lacking)
@@ -166,6 +170,11 @@ def _owners(keys: Iterable[str], config: PeftConfig) -> dict[str, Owner]:
     return owners_of(keys, get_method(str(config.peft_type)), getattr(config, "modules_to_save", None))
 
 
+def _in_base(owners: Mapping[str, Owner], modules: Collection[str]) -> dict[str, Owner]:
+    """Return owners by the paths that they have in the base model, now that its modules are known."""
+    return {key: dataclasses.replace(owner, path=base_path(owner.path, modules)) for key, owner in owners.items()}
+
+
 def _target(
     path: str, keys: list[str], modules: Mapping[str, nn.Module], report: LoadReport, missing: list[str]
 ) -> Target:
@@ -185,4 +194,4 @@ def _target(
 
 
 def _below(key: str) -> str:
-    return key.replace("_orig_mod.", "").removeprefix(PREFIX)
+    return uncompiled(key).removeprefix(PREFIX)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunerkit.sites.base import Site, twin
 
@@ -49,8 +49,8 @@ class ParameterSite(Site):
     def owner(self) -> nn.Module:
         """The module that holds the parameter, below the layers that adapt its other parameters."""
         module = self.module
-        while "base_layer" in module._modules:
-            module = module._modules["base_layer"]  # type: ignore[assignment]
+        while self.parameter_name not in module._parameters:
+            _, module = _base(module)
         return module
 
     @property
@@ -72,13 +72,18 @@ class ParameterSite(Site):
 
     def with_parameters(self, tensors: Mapping[str, Tensor | None]) -> Site:
         """Return this site with another tensor for the parameter, also below layers that adapt the module's others."""
-        return self.at(_with_parameters(self.module, tensors))
+        return self.at(self._twin(self.module, tensors))
+
+    def _twin(self, module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
+        if self.parameter_name in module._parameters:
+            return twin(module, **tensors)
+        other = twin(module)
+        name, below = _base(module)
+        other.__dict__["_modules"] = {**module._modules, name: self._twin(below, tensors)}
+        return other
 
 
-def _with_parameters(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
-    if "base_layer" not in module._modules:
-        return twin(module, **tensors)
-    other = twin(module)
-    below = _with_parameters(module._modules["base_layer"], tensors)  # type: ignore[arg-type]
-    other.__dict__["_modules"] = {**module._modules, "base_layer": below}
-    return other
+def _base(module: nn.Module) -> tuple[str, nn.Module]:
+    """Return what a layer with adapters stands on, after the name by which it holds it."""
+    name: Any = module.base_name
+    return name, getattr(module, name)

@@ -54,7 +54,7 @@ class MergingChecks:
     def test_merge_and_unload(self, bench: Bench) -> None:
         """`merge_and_unload` gives a plain model that computes the same and trains like the one before.
 
-        To mend: as for `test_merge_keeps_the_output`; a layer written by hand must hold its base layer as `base_layer`.
+        To mend: as for `test_merge_keeps_the_output`; a layer written by hand names its base layer in `base_name`.
         """
         base = bench.base()
         shape = {name: type(module) for name, module in base.named_modules()}

@@ -381,3 +381,25 @@ def test_state_dicts_that_do_not_fit(base):
         initialize_lora_eva_weights(model, eva_state_dict={"nowhere": torch.ones(1, 4)})
     with pytest.raises(CheckpointError, match=r"In the eva_state_dict 'wide' is \(1, 4\); the layer needs rank x 10"):
         initialize_lora_eva_weights(model, eva_state_dict={"wide": torch.ones(1, 4)})
+
+
+def test_below_a_layer_of_another_adapter(x):
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4, 4))
+            self.base_layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.base_layer(x) @ self.scale
+
+    base = nn.ModuleDict({"0": Parent(), "base_layer": Parent()})
+    config = LoraConfig(r=2, target_modules=r".*\.base_layer", init_lora_weights="eva")
+    model = tunerkit.get_peft_model(base, config)
+    model.add_adapter("beside", LoraConfig(r=2, target_modules=[], target_parameters=["0.scale"]))
+    given = {"0.base_layer": torch.ones(1, 4), "base_layer.base_layer": torch.zeros(0, 4)}
+    initialize_lora_eva_weights(model, eva_state_dict=given)
+    layer = base["0"].base_layer.base_layer
+    assert torch.equal(layer.lora_A["default"].weight, given["0.base_layer"])
+    assert type(base["base_layer"].base_layer) is nn.Linear
+    assert model.peft_config["default"].target_modules == {"0.base_layer"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,9 @@ from tunerkit import PeftModel, plan
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, ConfigError
 from tunerkit.journal import Journal
-from tunerkit.layer import tuner_layers
-from tunerkit.naming import listing
+from tunerkit.naming import PREFIX, listing
 from tunerkit.sites import make_site
+from tunerkit.targeting import adapted_places, exact_targets
 from tunerkit_lora.config import LoraConfig
 from tunerkit_lora.inits.activations import (
     Watch,
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
     from tunerkit.sites import Site
     from tunerkit_lora.subconfigs import EvaConfig
-
-_PREFIX = "base_model.model."
 
 
 def get_eva_state_dict(
@@ -79,7 +76,7 @@ def get_eva_state_dict(
     config: LoraConfig = model.peft_config[adapter_name] if peft_config is None else peft_config  # type: ignore[assignment,index]
     settings = _settings(config)
     watches = [
-        Watch(name, module, config.rank_for(name.removeprefix(_PREFIX)), settings)
+        Watch(name, module, config.rank_for(name.removeprefix(PREFIX)), settings)
         for name, module in _linear_layers(model, config, adapter_name)
     ]
     observe(
@@ -166,7 +163,7 @@ def initialize_lora_eva_weights(
             show_progress_bar,
         )
     layers = _linear_layers(model, config, adapter_name)
-    factors = _fitting(eva_state_dict, {name.removeprefix(_PREFIX): layer for name, layer in layers})
+    factors = _fitting(eva_state_dict, {name.removeprefix(PREFIX): layer for name, layer in layers})
     _start_anew(model, adapter_name, config, factors)
 
 
@@ -179,9 +176,9 @@ def _settings(config: LoraConfig) -> EvaConfig:
 
 def _linear_layers(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[tuple[str, nn.Module]]:
     if isinstance(model, PeftModel):
-        found = tuner_layers(model.get_base_model())
+        found = adapted_places(model.get_base_model())
         return [
-            (f"{_PREFIX}{name}", layer)
+            (f"{PREFIX}{name}", layer)
             for name, layer in found
             if isinstance(layer, AdaptedLayer) and adapter_name in layer.available_adapters and _is_linear(layer.site)
         ]
@@ -195,7 +192,7 @@ def _is_linear(site: Site) -> bool:
 
 def _fitting(given: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the factors by the layers' paths in the base model, if each fits a layer."""
-    factors = {name.removeprefix(_PREFIX): factor for name, factor in given.items()}
+    factors = {name.removeprefix(PREFIX): factor for name, factor in given.items()}
     unknown = [name for name in factors if name not in layers]
     if unknown:
         msg = (
@@ -213,13 +210,11 @@ def _fitting(given: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str
 
 def _start_anew(model: PeftModel, name: str, config: LoraConfig, factors: Mapping[str, Tensor]) -> None:
     """Replace an adapter by one with the ranks and the values of these factors."""
-    layers = [path for path, layer in tuner_layers(model.get_base_model()) if name in layer.available_adapters]
+    layers = [path for path, layer in adapted_places(model.get_base_model()) if name in layer.available_adapters]
     missing = [layer for layer in layers if layer not in factors]
     ranks = {layer: len(factors[layer]) if layer in factors else config.rank_for(layer) for layer in layers}
     changed = _with_ranks(config, ranks)
-    if sorted(plan(model, changed).adapted) != sorted(changed.target_modules or ()):
-        # A name also means every path that ends in it; a pattern means the whole path.
-        changed.target_modules = "|".join(re.escape(layer) for layer in layers if ranks[layer])
+    changed.target_modules = exact_targets(model.get_base_model(), [layer for layer in layers if ranks[layer]])
     active, tuner = model.active_adapters, model.base_model
     tensors = next(layer.adapter_tensors(name) for layer in tuner.layers() if name in layer.available_adapters)
     autocast = next(iter(tensors.values())).dtype is torch.float32
@@ -230,7 +225,7 @@ def _start_anew(model: PeftModel, name: str, config: LoraConfig, factors: Mappin
         model.add_adapter(name, changed, autocast_adapter_dtype=autocast)
         if name in active:
             model.set_adapter(active, inference_mode=config.inference_mode)
-        for path, layer in tuner_layers(model.get_base_model()):
+        for path, layer in adapted_places(model.get_base_model()):
             if path in factors and name in layer.available_adapters:
                 layer.lora_A[name].weight.copy_(factors[path])  # type: ignore[attr-defined]
     if missing:
@@ -239,13 +234,12 @@ def _start_anew(model: PeftModel, name: str, config: LoraConfig, factors: Mappin
 
 
 def _with_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """Return a config that gives layers these ranks, and does not target those of rank zero."""
+    """Return a config that gives layers these ranks; those of rank zero are not to be targeted."""
     changed = copy.deepcopy(config)
     alphas = {name: config.alpha_for(name) for name in ranks}
     if config.eva_config.adjust_scaling_factors:  # type: ignore[union-attr]
         alphas = {name: alpha * ranks[name] / config.rank_for(name) for name, alpha in alphas.items()}
     kept = [name for name, rank in ranks.items() if rank]
-    changed.target_modules = set(kept)
     # A name also means every path that ends in it, so of two that match the longer one must be found first.
     kept.sort(key=len, reverse=True)
     changed.rank_pattern = {name: ranks[name] for name in kept if ranks[name] != config.r}
