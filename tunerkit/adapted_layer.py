@@ -11,8 +11,8 @@ from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import AdapterStateError, MergeError, RouteError
 from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
 from tunerkit.layer import BaseTunerLayer, cast_up, split_input
-from tunerkit.modules import begin, parameters_in, set_mode, tensors_in
-from tunerkit.names import PerAdapter, expose, withdraw
+from tunerkit.modules import begin, frozen_keys, parameters_in, set_mode, tensors_in
+from tunerkit.names import EntryModule, PerAdapter, expose, withdraw
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
 from tunerkit.row_groups import run_layer
@@ -20,7 +20,7 @@ from tunerkit.rows import Rows
 from tunerkit.sites import SHOWN, Bound, ParameterSite, Site
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from tunerkit.adapter import Adapter
     from tunerkit.route import Names
@@ -186,7 +186,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter.__dict__.update(
             _method=method,
             _layer_class=layer_class,
-            _frozen=_frozen_keys(adapter),
+            _frozen=frozen_keys(adapter),
         )
         if adapter.training != self.training:
             adapter.train(self.training)
@@ -204,17 +204,15 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if adapter is not None:
             cast_up(tensors_in(adapter))
 
-    def trainable_tensors(self, name: str) -> Iterator[Tensor]:
-        """Go through the tensors of an adapter that train when it does."""
+    def trainable_tensors(self, name: str) -> Sequence[Tensor]:
+        """Return the tensors of an adapter that train when it does."""
         adapter = self._adapters.get(name)
-        if adapter is not None:
-            frozen: frozenset[str] = adapter.__dict__["_frozen"]
-            if not frozen:
-                yield from parameters_in(adapter)
-                return
-            for key, tensor in adapter.named_parameters():
-                if key not in frozen:
-                    yield tensor
+        if adapter is None:
+            return ()
+        frozen: frozenset[str] = adapter.__dict__["_frozen"]
+        if not frozen:
+            return parameters_in(adapter)
+        return [tensor for key, tensor in adapter.named_parameters() if key not in frozen]
 
     def _remove(self, name: str) -> None:
         if name in self.merged_adapters:
@@ -367,8 +365,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set training mode, for the adapters too, which stand outside the module tree."""
         self.__dict__["training"] = mode
-        for module in (*self._adapters.values(), *self._modules.values()):
-            set_mode(module, mode)  # type: ignore[arg-type]
+        for adapter in self._adapters.values():
+            set_mode(adapter, mode)
+        for child in self._modules.values():
+            if isinstance(child, EntryModule):  # what it shows are the adapters'
+                child.__dict__["training"] = mode
+            elif child is not None:
+                set_mode(child, mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
@@ -402,13 +405,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 if call is not None:
                     return call.__get__(self, type(self))
         return getattr(self.base_layer, name)
-
-
-def _frozen_keys(adapter: Adapter) -> frozenset[str]:
-    """Return the names of the parameters that do not train even when the adapter does."""
-    if all(parameter.requires_grad for parameter in parameters_in(adapter)):
-        return frozenset()
-    return frozenset(key for key, parameter in adapter.named_parameters() if not parameter.requires_grad)
 
 
 def _own(kind: type[BaseTunerLayer], name: str) -> Any:

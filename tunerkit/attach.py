@@ -11,7 +11,7 @@ from tunerkit.adapter import Adapter, Part
 from tunerkit.defaults import site_of
 from tunerkit.errors import PluginError, UnsupportedSiteError
 from tunerkit.layer import BaseTunerLayer
-from tunerkit.modules import tensors_in
+from tunerkit.modules import frozen_keys, tensors_in
 from tunerkit.names import EntryModule
 from tunerkit.naming import method_id
 from tunerkit.sites import make_on_meta, make_site
@@ -111,8 +111,7 @@ def make_part(kind: type[Part], plan: Plan, kinds: frozenset[str], *, meta: bool
     sites = [site_of(target.module, target.name, target.parameter_name, kinds, method) for target in plan.targets]
     make = functools.partial(kind, sites, plan.config)
     part = make_on_meta(make) if meta else make()
-    frozen = frozenset(key for key, tensor in part.named_parameters() if not tensor.requires_grad)
-    part.__dict__["_frozen"] = frozen
+    part.__dict__["_frozen"] = frozen_keys(part)
     return part
 
 

@@ -15,7 +15,7 @@ import torch
 from tunerkit.names import EntryView
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from torch import Tensor, nn
@@ -30,6 +30,7 @@ class _Open(threading.local):
 
 
 _OPEN = _Open()
+_CONTAINERS = (dict, set, list)
 
 
 class Journal:
@@ -73,7 +74,13 @@ class Journal:
         if id(module) in self._noted:
             return
         state = module.__dict__.copy()
-        contents = [(container, container.copy()) for container in _containers(state) if container]
+        contents = [
+            (value, value.copy())
+            for value in state.values()
+            if isinstance(value, _CONTAINERS)
+            and type(value) is not EntryView
+            and value  # views hold nothing themselves
+        ]
         flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
         self._notes.append((_restore_module, (module, state, contents, flags)))
         self._noted.add(id(module))
@@ -97,16 +104,12 @@ class Journal:
             undo(*arguments)
 
 
-def _containers(state: dict[str, Any]) -> Iterator[Any]:
-    """Go through what a module keeps its children, tensors, hooks and the like in; views hold nothing themselves."""
-    return (value for value in state.values() if isinstance(value, (dict, set, list)) and type(value) is not EntryView)
-
-
 def _restore_module(
     module: nn.Module, state: dict[str, Any], contents: list[tuple[Any, Any]], flags: list[tuple[Tensor, bool]]
 ) -> None:
-    for container in _containers(state):
-        container.clear()
+    for value in state.values():
+        if isinstance(value, _CONTAINERS) and type(value) is not EntryView:
+            value.clear()
     for container, content in contents:
         (container.extend if isinstance(container, list) else container.update)(content)
     module.__dict__.clear()

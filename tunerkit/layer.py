@@ -149,7 +149,7 @@ class BaseTunerLayer(metaclass=MethodMeta):
         """Make an adapter's tensors float32 where they are of lower precision, in place."""
         cast_up(self.adapter_tensors(name).values())
 
-    def trainable_tensors(self, name: str) -> Iterator[Tensor]:
+    def trainable_tensors(self, name: str) -> Iterable[Tensor]:
         """Go through the tensors of an adapter that train when it does."""
         frozen = self.frozen_peft_weight_names.get(name, ())
         for container in self.adapter_layer_names:

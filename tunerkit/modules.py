@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # Taken from a module, so that it is right for whatever version of torch runs.
 _BLANK = nn.Module().__dict__
@@ -34,29 +29,36 @@ def set_mode(module: nn.Module, mode: bool) -> None:
             set_mode(child, mode)
 
 
-def modules_in(module: nn.Module) -> Iterator[nn.Module]:
-    """Go through a module and those below it; one that stands at two places comes twice."""
-    yield module
+def modules_in(module: nn.Module) -> list[nn.Module]:
+    """Return a module and those below it; one that stands at two places comes twice."""
+    found = [module]
     for child in module._modules.values():
         if child is not None:
-            yield from modules_in(child)
+            found += modules_in(child)
+    return found
 
 
-def parameters_in(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Go through a module's parameters and those below it; one that stands at two places comes twice."""
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            yield parameter
+def parameters_in(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a module and of those below it; one that stands at two places comes twice."""
+    found = [parameter for parameter in module._parameters.values() if parameter is not None]
     for child in module._modules.values():
         if child is not None:
-            yield from parameters_in(child)
+            found += parameters_in(child)
+    return found
 
 
-def tensors_in(module: nn.Module) -> Iterator[Tensor]:
-    """Go through a module's parameters and buffers and those below it; one that stands at two places comes twice."""
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None:
-            yield tensor
+def tensors_in(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module and of those below it; one at two places comes twice."""
+    found: list[Tensor] = [parameter for parameter in module._parameters.values() if parameter is not None]
+    found += [buffer for buffer in module._buffers.values() if buffer is not None]
     for child in module._modules.values():
         if child is not None:
-            yield from tensors_in(child)
+            found += tensors_in(child)
+    return found
+
+
+def frozen_keys(module: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters of a module, and of those below it, that do not train."""
+    if all(parameter.requires_grad for parameter in parameters_in(module)):
+        return frozenset()
+    return frozenset(key for key, parameter in module.named_parameters() if not parameter.requires_grad)

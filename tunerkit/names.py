@@ -79,6 +79,20 @@ class EntryView(_Mapping, dict[str, Any]):
         """Return what the view shows now, as a dict of its own."""
         return {name: self[name] for name in self}
 
+    # Lists, and not by way of the methods above: torch goes through them at every walk over a model.
+
+    def values(self) -> list[Any]:  # type: ignore[override]
+        """Return the adapters' attributes."""
+        kind, entry = self.kind, self.entry
+        held = (adapter.__dict__[kind] for adapter in self.adapters.values())
+        return [attributes[entry] for attributes in held if entry in attributes]
+
+    def items(self) -> list[tuple[str, Any]]:  # type: ignore[override]
+        """Return the adapters' names and attributes."""
+        kind, entry = self.kind, self.entry
+        held = ((name, adapter.__dict__[kind]) for name, adapter in self.adapters.items())
+        return [(name, attributes[entry]) for name, attributes in held if entry in attributes]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return EntryView, (self.adapters, self.kind, self.entry)
 

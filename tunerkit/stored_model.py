@@ -342,8 +342,9 @@ class StoredModel(nn.Module):
     def _evaluate(self, journal: Journal) -> None:
         """Set the model to evaluation, noting first which of its modules and adapters were in training mode."""
         adapters = (layer.adapters for layer in self.base_model.layers() if isinstance(layer, AdaptedLayer))
-        roots = (self, *self.base_model.parts.values(), *(one for held in adapters for one in held.values()))
-        training = [module for root in roots for module in modules_in(root) if module.training]
+        beside: list[nn.Module] = [one for held in adapters for one in held.values()]
+        beside += [module for part in self.base_model.parts.values() for module in modules_in(part)]
+        training = [module for module in (*modules_in(self), *beside) if module.training]
         if training:
             journal.note_training(training)
             self.eval()
