@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -10,9 +9,9 @@ from torch import Tensor, nn
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import AdapterStateError, MergeError, RouteError
 from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
-from tunerkit.layer import BaseTunerLayer, cast_up, split_input
+from tunerkit.layer import BaseTunerLayer, cast_up, own_attribute, split_input
 from tunerkit.modules import begin, frozen_keys, parameters_in, set_mode, tensors_in
-from tunerkit.names import EntryModule, PerAdapter, expose, withdraw
+from tunerkit.names import PerAdapter, expose, withdraw
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
 from tunerkit.row_groups import run_layer
@@ -320,11 +319,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             )
             raise AdapterStateError(msg)
 
-    def get_base_layer(self) -> nn.Module:
-        """Return the layer below all adapters, also where one such layer wraps another."""
-        base: Any = self._modules["base_layer"]
-        return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
-
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return by how much an adapter alone changes the base layer's weight; see `tunerkit.folding.delta_weight`."""
         return delta_weight(self.bare_site, self._adapters, adapter_name)
@@ -365,13 +359,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set training mode, for the adapters too, which stand outside the module tree."""
         self.__dict__["training"] = mode
-        for adapter in self._adapters.values():
-            set_mode(adapter, mode)
-        for child in self._modules.values():
-            if isinstance(child, EntryModule):  # what it shows are the adapters'
-                child.__dict__["training"] = mode
-            elif child is not None:
-                set_mode(child, mode)
+        for module in (*self._adapters.values(), *self._modules.values()):
+            set_mode(module, mode)  # type: ignore[arg-type]
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
@@ -401,13 +390,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return PerAdapter(self._adapters, name, self.check_not_merged)  # type: ignore[arg-type]
         if not hasattr(base, name):
             for adapter in self._adapters.values():
-                call = _own(adapter.__dict__["_layer_class"], name)
+                call = own_attribute(adapter.__dict__["_layer_class"], name)
                 if call is not None:
                     return call.__get__(self, type(self))
         return getattr(self.base_layer, name)
-
-
-def _own(kind: type[BaseTunerLayer], name: str) -> Any:
-    """Return what a method's layer class defines beyond `BaseTunerLayer` under a name, or None."""
-    own = itertools.takewhile(lambda base: base is not BaseTunerLayer, kind.__mro__)
-    return next((vars(base)[name] for base in own if name in vars(base)), None)

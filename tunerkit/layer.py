@@ -8,6 +8,7 @@ is `tunerkit.adapted_layer.AdaptedLayer`.
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -119,10 +120,10 @@ class BaseTunerLayer(metaclass=MethodMeta):
 
     def get_base_layer(self) -> nn.Module:
         """Return the layer below all adapters, also where one such layer wraps another."""
-        layer: object = self
+        layer: Any = self
         while isinstance(layer, BaseTunerLayer):
-            layer = getattr(layer, layer.base_name)
-        return layer  # type: ignore[return-value]
+            layer = layer.__dict__["_modules"].get(layer.base_name) or getattr(layer, layer.base_name)
+        return layer  # type: ignore[no-any-return]
 
     @property
     def weight(self) -> Tensor:
@@ -322,6 +323,12 @@ def stack_at(module: object) -> Iterator[BaseTunerLayer]:
     while isinstance(module, BaseTunerLayer):
         yield module
         module = getattr(module, module.base_name)
+
+
+def own_attribute(kind: type[BaseTunerLayer], name: str) -> Any:
+    """Return what a method's layer class defines beyond `BaseTunerLayer` under a name, or None."""
+    own = itertools.takewhile(lambda base: base is not BaseTunerLayer, kind.__mro__)
+    return next((vars(base)[name] for base in own if name in vars(base)), None)
 
 
 def entry_name(key: str, name: str) -> str:
