@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import AdapterStateError, MergeError, RouteError
 from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
-from tunerkit.layer import BaseTunerLayer, split_input
+from tunerkit.layer import BaseTunerLayer, cast_up, own_attribute, split_input
+from tunerkit.modules import begin, frozen_keys, parameters_in, set_mode, tensors_in
 from tunerkit.names import PerAdapter, expose, withdraw
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
@@ -19,7 +19,7 @@ from tunerkit.rows import Rows
 from tunerkit.sites import SHOWN, Bound, ParameterSite, Site
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from tunerkit.adapter import Adapter
     from tunerkit.route import Names
@@ -40,10 +40,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     follows_routes: ClassVar[bool] = True
 
     def __init__(self, site: Site, owner: Owner) -> None:
-        super().__init__()
+        begin(self)
         self._modules["base_layer"] = site.module
-        self.training = site.module.training
         self.__dict__.update(
+            training=site.module.training,
             _adapters={},
             _stack=(),
             _sole=None,
@@ -185,7 +185,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter.__dict__.update(
             _method=method,
             _layer_class=layer_class,
-            _frozen=frozenset(key for key, tensor in adapter.named_parameters() if not tensor.requires_grad),
+            _frozen=frozen_keys(adapter),
         )
         if adapter.training != self.training:
             adapter.train(self.training)
@@ -197,14 +197,21 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter = self._adapters.get(name)
         return {} if adapter is None else adapter.state_dict(keep_vars=True)
 
-    def trainable_tensors(self, name: str) -> Iterator[Tensor]:
-        """Go through the tensors of an adapter that train when it does."""
+    def cast_up(self, name: str) -> None:
+        """Make an adapter's tensors float32 where they are of lower precision, in place."""
         adapter = self._adapters.get(name)
         if adapter is not None:
-            frozen: frozenset[str] = adapter.__dict__["_frozen"]
-            for key, tensor in adapter.named_parameters():
-                if key not in frozen:
-                    yield tensor
+            cast_up(tensors_in(adapter))
+
+    def trainable_tensors(self, name: str) -> Sequence[Tensor]:
+        """Return the tensors of an adapter that train when it does."""
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            return ()
+        frozen: frozenset[str] = adapter.__dict__["_frozen"]
+        if not frozen:
+            return parameters_in(adapter)
+        return [tensor for key, tensor in adapter.named_parameters() if key not in frozen]
 
     def _remove(self, name: str) -> None:
         if name in self.merged_adapters:
@@ -241,6 +248,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         sole = stack[0] if len(stack) == 1 and self._merged is None else None
         self.__dict__.update(_stack=stack, _sole=sole)
         self._owner.changes += 1
+
+    @property
+    def merges_when_switched(self) -> bool:
+        """Whether switching the adapters off or on changes the base layer, for some are merged or were."""
+        return self._merged is not None or bool(self._merged_before)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, or on again; what is merged is taken out and put back: off means the base layer."""
@@ -346,9 +358,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set training mode, for the adapters too, which stand outside the module tree."""
-        for adapter in self._adapters.values():
-            adapter.train(mode)
-        return super().train(mode)
+        self.__dict__["training"] = mode
+        for module in (*self._adapters.values(), *self._modules.values()):
+            set_mode(module, mode)  # type: ignore[arg-type]
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -377,13 +390,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return PerAdapter(self._adapters, name, self.check_not_merged)  # type: ignore[arg-type]
         if not hasattr(base, name):
             for adapter in self._adapters.values():
-                call = _own(adapter.__dict__["_layer_class"], name)
+                call = own_attribute(adapter.__dict__["_layer_class"], name)
                 if call is not None:
                     return call.__get__(self, type(self))
         return getattr(self.base_layer, name)
-
-
-def _own(kind: type[BaseTunerLayer], name: str) -> Any:
-    """Return what a method's layer class defines beyond `BaseTunerLayer` under a name, or None."""
-    own = itertools.takewhile(lambda base: base is not BaseTunerLayer, kind.__mro__)
-    return next((vars(base)[name] for base in own if name in vars(base)), None)

@@ -15,6 +15,7 @@ from tunerkit.fast_path import set_fast_paths
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, MethodMeta, tuner_layers
 from tunerkit.model_config import config_dict, config_of
+from tunerkit.modules import set_mode
 from tunerkit.names import withdraw
 from tunerkit.naming import closest, given_names, listing
 from tunerkit.replication import Replication
@@ -231,7 +232,8 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
                 self.biases.show(trained=self.biases.name in self.active_adapters)
             # Where one layer's base holds another's, what was merged last is taken out first.
             for layer in layers if enabled else reversed(layers):
-                merge.note_parameters(journal, layer)
+                if not isinstance(layer, AdaptedLayer) or layer.merges_when_switched:
+                    merge.note_parameters(journal, layer)
                 layer.enable_adapters(enabled)
             if not enabled and not self.disabled:
                 beside = [p for part in self.parts.values() for p in part.parameters()] + self.biases.parameters()
@@ -340,7 +342,11 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         """Set training mode, for the model-wide parts too, which stand outside the module tree."""
         for part in self.parts.values():
             part.train(mode)
-        return super().train(mode)
+        self.training = mode
+        for child in self._modules.values():
+            if child is not None:
+                set_mode(child, mode)
+        return self
 
 
 def _parameter_of(layer: BaseTunerLayer) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tunerkit.alike import run_alike
 from tunerkit.errors import AdapterStateError, UnsupportedSiteError
+from tunerkit.modules import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -248,8 +249,9 @@ def linear(weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -
         trains: Whether they are to be trained.
     """
     layer = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(layer)
-    layer.out_features, layer.in_features = weight.shape
+    begin(layer)
+    out_features, in_features = weight.shape
+    layer.__dict__.update(out_features=out_features, in_features=in_features)
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=trains)
     layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=trains)
     return layer

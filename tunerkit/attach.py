@@ -11,6 +11,7 @@ from tunerkit.adapter import Adapter, Part
 from tunerkit.defaults import site_of
 from tunerkit.errors import PluginError, UnsupportedSiteError
 from tunerkit.layer import BaseTunerLayer
+from tunerkit.modules import frozen_keys, tensors_in
 from tunerkit.names import EntryModule
 from tunerkit.naming import method_id
 from tunerkit.patterns import settings_held
@@ -112,8 +113,7 @@ def make_part(kind: type[Part], plan: Plan, kinds: frozenset[str], *, meta: bool
     sites = [site_of(target.module, target.name, target.parameter_name, kinds, method) for target in plan.targets]
     make = functools.partial(kind, sites, plan.config)
     part = make_on_meta(make) if meta else make()
-    frozen = frozenset(key for key, tensor in part.named_parameters() if not tensor.requires_grad)
-    part.__dict__["_frozen"] = frozen
+    part.__dict__["_frozen"] = frozen_keys(part)
     return part
 
 
@@ -160,7 +160,7 @@ def _place_tensors(adapter: Adapter, device: Any, method: str) -> None:
                     f"its `entries` {adapter.entries} does not name. Add it, so that checkpoints can be matched."
                 )
                 raise PluginError(msg)
-    for tensor in (*adapter.parameters(), *adapter.buffers()):
+    for tensor in tensors_in(adapter):
         if tensor.device != device and not tensor.is_meta:
             tensor.data = tensor.data.to(device)
 

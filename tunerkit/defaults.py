@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from tunerkit.adapted_layer import AdaptedLayer
@@ -13,7 +14,7 @@ from tunerkit.targeting import bare, match_target, places
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import nn
 
@@ -102,11 +103,16 @@ def find_site(
     Raises:
         UnsupportedSiteError: The module is of a kind that the method does not adapt, or cannot be adapted at all.
     """
+    name = method_id(str(peft_config.peft_type))
+    by_default = functools.partial(_targets_by_default, method, peft_config)
+    return site_of(target, current_key, parameter_name, method.kinds, name, by_default=by_default)
+
+
+def _targets_by_default(method: Method, peft_config: PeftConfig) -> bool:
+    """Return whether what a config targets is what the method targets by default in some model."""
     mapping = method.tuner.target_module_mapping if method.tuner is not None else {}
     chosen = getattr(peft_config, "target_modules", None)
-    by_default = any(chosen == (names if isinstance(names, str) else set(names)) for names in mapping.values())
-    name = method_id(str(peft_config.peft_type))
-    return site_of(target, current_key, parameter_name, method.kinds, name, by_default=by_default)
+    return any(chosen == (names if isinstance(names, str) else set(names)) for names in mapping.values())
 
 
 def site_of(
@@ -116,7 +122,7 @@ def site_of(
     kinds: frozenset[str],
     method_id: str,
     *,
-    by_default: bool = False,
+    by_default: Callable[[], bool] = lambda: False,
 ) -> Site:
     """Return the bare site at a place, or say why a method cannot adapt it.
 
@@ -126,7 +132,7 @@ def site_of(
         parameter_name: The parameter to adapt, if it is not the whole module.
         kinds: The kinds of sites that the method adapts.
         method_id: The id of the method, for the message.
-        by_default: Whether it is the method's default targets that name the module, for the message.
+        by_default: Says whether it is the method's default targets that name the module, for the message.
 
     Raises:
         UnsupportedSiteError: The module is of a kind that the method does not adapt, or cannot be adapted at all.
@@ -154,7 +160,7 @@ def site_of(
     hint = "Remove it from target_modules, or exclude it."
     if inside:
         hint = f"It contains {listing(inside, 4)}: target those."
-    elif by_default:
+    elif by_default():
         hint = (
             f"It is one of the default targets of {method_id!r} for models of this type, which this version cannot "
             "adapt yet. Set target_modules to other modules, if the model has any that can be adapted."

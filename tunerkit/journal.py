@@ -30,6 +30,7 @@ class _Open(threading.local):
 
 
 _OPEN = _Open()
+_CONTAINERS = (dict, set, list)
 
 
 class Journal:
@@ -44,6 +45,7 @@ class Journal:
         self._outer = _OPEN.journal
         self._notes: list[tuple[Callable[..., object], tuple[Any, ...]]] = [] if outer is None else outer._notes
         self._start = len(self._notes)
+        self._noted: set[int] = set()  # by id; the notes keep them alive
 
     def __enter__(self) -> Self:
         _OPEN.journal = weakref.ref(self)
@@ -55,22 +57,33 @@ class Journal:
         _OPEN.journal = self._outer
         if kind is not None:
             self.undo()
+            return
+        outer = self._outer()
+        if outer is not None:
+            outer._noted |= self._noted
 
     def note(self, undo: Callable[..., object], *arguments: Any) -> None:
         """Note a call that will undo what happens next."""
         self._notes.append((undo, arguments))
 
     def note_module(self, module: nn.Module) -> None:
-        """Note a module's attributes, its dicts of children, tensors and hooks, and which of its own tensors train."""
-        state = module.__dict__
-        # Views hold nothing themselves. Empty containers, as most dicts of hooks are, are noted as empty, not copied.
-        contents = {
-            name: (value, value.copy() if value else None)
-            for name, value in state.items()
-            if isinstance(value, (dict, set, list)) and not isinstance(value, EntryView)
-        }
+        """Note a module's attributes, its dicts of children, tensors and hooks, and which of its own tensors train.
+
+        What counts is how it was the first time, so a second note within the block is none.
+        """
+        if id(module) in self._noted:
+            return
+        state = module.__dict__.copy()
+        contents = [
+            (value, value.copy())
+            for value in state.values()
+            if isinstance(value, _CONTAINERS)
+            and type(value) is not EntryView
+            and value  # views hold nothing themselves
+        ]
         flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
-        self._notes.append((_restore_module, (module, dict(state), contents, flags)))
+        self._notes.append((_restore_module, (module, state, contents, flags)))
+        self._noted.add(id(module))
 
     def note_flags(self, tensors: Iterable[Tensor]) -> None:
         """Note which tensors train."""
@@ -92,16 +105,13 @@ class Journal:
 
 
 def _restore_module(
-    module: nn.Module,
-    state: dict[str, Any],
-    contents: dict[str, tuple[Any, Any]],
-    flags: list[tuple[Tensor, bool]],
+    module: nn.Module, state: dict[str, Any], contents: list[tuple[Any, Any]], flags: list[tuple[Tensor, bool]]
 ) -> None:
-    for container, content in contents.values():
-        if len(container) or content:
-            container.clear()
-            if content:
-                (container.extend if isinstance(container, list) else container.update)(content)
+    for value in state.values():
+        if isinstance(value, _CONTAINERS) and type(value) is not EntryView:
+            value.clear()
+    for container, content in contents:
+        (container.extend if isinstance(container, list) else container.update)(content)
     module.__dict__.clear()
     module.__dict__.update(state)
     _restore_flags(flags)

@@ -8,6 +8,7 @@ is `tunerkit.adapted_layer.AdaptedLayer`.
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -119,10 +120,10 @@ class BaseTunerLayer(metaclass=MethodMeta):
 
     def get_base_layer(self) -> nn.Module:
         """Return the layer below all adapters, also where one such layer wraps another."""
-        layer: object = self
+        layer: Any = self
         while isinstance(layer, BaseTunerLayer):
-            layer = getattr(layer, layer.base_name)
-        return layer  # type: ignore[return-value]
+            layer = layer.__dict__["_modules"].get(layer.base_name) or getattr(layer, layer.base_name)
+        return layer  # type: ignore[no-any-return]
 
     @property
     def weight(self) -> Tensor:
@@ -149,7 +150,7 @@ class BaseTunerLayer(metaclass=MethodMeta):
         """Make an adapter's tensors float32 where they are of lower precision, in place."""
         cast_up(self.adapter_tensors(name).values())
 
-    def trainable_tensors(self, name: str) -> Iterator[Tensor]:
+    def trainable_tensors(self, name: str) -> Iterable[Tensor]:
         """Go through the tensors of an adapter that train when it does."""
         frozen = self.frozen_peft_weight_names.get(name, ())
         for container in self.adapter_layer_names:
@@ -190,12 +191,13 @@ class BaseTunerLayer(metaclass=MethodMeta):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.check_together(names)
-        trains = [] if inference_mode else [name for name in self.available_adapters if name in names]
+        available = self.available_adapters
+        trains = [] if inference_mode else [name for name in available if name in names]
         if self._disable_adapters:
             self._trained_before = [tensor for name in trains for tensor in self.trainable_tensors(name)]
             trains = []
-        for name in self.available_adapters:
-            self.set_requires_grad(name, requires_grad=name in trains)
+        self.set_requires_grad([name for name in available if name not in trains], requires_grad=False)
+        self.set_requires_grad(trains)
         self._activate(names)
 
     def check_together(self, names: Sequence[str]) -> None:
@@ -208,11 +210,11 @@ class BaseTunerLayer(metaclass=MethodMeta):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters train; names that this layer does not have are passed over."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        available = set(self.available_adapters)
+        available = self.available_adapters if names else ()
         for name in names:
             if name in available:
                 for tensor in self.trainable_tensors(name):
-                    tensor.requires_grad_(requires_grad)
+                    tensor.requires_grad = requires_grad
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of the layer off, or on again.
@@ -321,6 +323,12 @@ def stack_at(module: object) -> Iterator[BaseTunerLayer]:
     while isinstance(module, BaseTunerLayer):
         yield module
         module = getattr(module, module.base_name)
+
+
+def own_attribute(kind: type[BaseTunerLayer], name: str) -> Any:
+    """Return what a method's layer class defines beyond `BaseTunerLayer` under a name, or None."""
+    own = itertools.takewhile(lambda base: base is not BaseTunerLayer, kind.__mro__)
+    return next((vars(base)[name] for base in own if name in vars(base)), None)
 
 
 def entry_name(key: str, name: str) -> str:

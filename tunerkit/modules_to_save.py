@@ -55,11 +55,14 @@ class WholeModules:
         self._wanted = frozenset(wanted)
         self.entries: Counter[str] = Counter(dict.fromkeys(wanted, 0))
         self._layers: dict[str, BaseTunerLayer] = {}
+        self._copying: dict[str, ModulesToSaveWrapper] = {}
         self._tied: set[str] = set()
         found: dict[int, WholeModule] = {}
         for key, module, parent, name in places(model):
             if isinstance(module, BaseTunerLayer):
                 self._layers[key] = module
+            if isinstance(module, ModulesToSaveWrapper):
+                self._copying[key] = module
             entry = match_name(self._wanted, key)
             if not isinstance(entry, str):
                 continue
@@ -133,9 +136,9 @@ class WholeModules:
 
     def check_free(self, key: str) -> None:
         """Raise `TargetError` if a module that is to be adapted is, or stands in, one that other adapters copy."""
-        for path in paths_above(key):
-            layer = self._layers.get(path)
-            if isinstance(layer, ModulesToSaveWrapper):
+        for path in paths_above(key) if self._copying else ():
+            layer = self._copying.get(path)
+            if layer is not None:
                 msg = (
                     f"The module {key!r} cannot be adapted: {listing(layer.available_adapters)} trains a copy of "
                     f"{path!r} as a whole (modules_to_save), and a copy has no adapters in it. Exclude the module, or "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tunerkit.errors import PluginError
+from tunerkit.modules import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,6 +79,20 @@ class EntryView(_Mapping, dict[str, Any]):
         """Return what the view shows now, as a dict of its own."""
         return {name: self[name] for name in self}
 
+    # Lists, and not by way of the methods above: torch goes through them at every walk over a model.
+
+    def values(self) -> list[Any]:  # type: ignore[override]
+        """Return the adapters' attributes."""
+        kind, entry = self.kind, self.entry
+        held = (adapter.__dict__[kind] for adapter in self.adapters.values())
+        return [attributes[entry] for attributes in held if entry in attributes]
+
+    def items(self) -> list[tuple[str, Any]]:  # type: ignore[override]
+        """Return the adapters' names and attributes."""
+        kind, entry = self.kind, self.entry
+        held = ((name, adapter.__dict__[kind]) for name, adapter in self.adapters.items())
+        return [(name, attributes[entry]) for name, attributes in held if entry in attributes]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return EntryView, (self.adapters, self.kind, self.entry)
 
@@ -96,7 +111,7 @@ class EntryModule(nn.Module):
     """One entry of all adapters of a layer, `layer.lora_A`; used like an `nn.ModuleDict` or `nn.ParameterDict`."""
 
     def __init__(self, adapters: dict[str, nn.Module], entry: str) -> None:
-        super().__init__()
+        begin(self)
         for kind in _KINDS:
             self.__dict__[kind] = EntryView(adapters, kind, entry)
 
@@ -205,7 +220,7 @@ def expose(owner: nn.Module, adapters: dict[str, nn.Module], name: str) -> None:
     for entry in entries_of(adapter):
         if entry not in owner._modules:
             owner._modules[entry] = module = EntryModule(adapters, entry)
-            module.training = owner.training
+            module.__dict__["training"] = owner.training
     for entry in adapter._non_persistent_buffers_set:
         owner._modules[entry]._non_persistent_buffers_set.add(name)  # type: ignore[union-attr]
 

@@ -198,13 +198,14 @@ def make_plan(
         for target in found:
             _note(targets, decisions, key, target, (verdict, reason))
     ties = _tied(model, config, targets, decisions, whole)
+    by_pattern = any(getattr(config, setting) for setting in config._patterns)
     plan = Plan(
         config,
         tuple(decisions),
         dict(matcher.entries),
         dict(matcher.exclusions),
         dict(matcher.layers),
-        count_patterns(config, [_settings_name(target) for target in targets.values()]),
+        count_patterns(config, [_settings_name(target) for target in targets.values()] if by_pattern else []),
         correct_orientation(config, [target.module for target in targets.values() if target.parameter_name is None]),
         tuple(targets.values()),
         whole.modules,

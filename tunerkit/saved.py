@@ -15,6 +15,7 @@ from tunerkit.checkpoint.files import CARD_NAME, read_checkpoint
 from tunerkit.config import PeftConfig, TaskType, check_config
 from tunerkit.errors import AdapterNameError, CardWarning, CheckpointError, ConfigError, PluginError
 from tunerkit.functional import loading_for, renamed
+from tunerkit.modules import tensors_in
 from tunerkit.naming import listing
 from tunerkit.plugins import get_method
 from tunerkit.tuner import find_tuner
@@ -84,7 +85,7 @@ class SavedAdapter:
         adapted = [layer for layer in layers if name in layer.available_adapters]
         holders = [layer.adapters[name] for layer in adapted]
         parts = [tuner.parts[name]] if tuner is not None and name in tuner.parts else []
-        for holder in (*holders, *parts):
+        for holder in (held for held in (*holders, *parts) if any(tensor.is_meta for tensor in tensors_in(held))):
             for key, tensor in (*holder.named_parameters(), *holder.named_buffers()):
                 if tensor.is_meta and report.missing_keys:
                     msg = (

@@ -16,6 +16,7 @@ from tunerkit.errors import AdapterNameError, UnknownAdapterError
 from tunerkit.functional import get_peft_model_state_dict
 from tunerkit.journal import Journal
 from tunerkit.keywords import check_loading, check_saving
+from tunerkit.modules import modules_in
 from tunerkit.names import RESERVED_NAMES
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
@@ -341,6 +342,9 @@ class StoredModel(nn.Module):
     def _evaluate(self, journal: Journal) -> None:
         """Set the model to evaluation, noting first which of its modules and adapters were in training mode."""
         adapters = (layer.adapters for layer in self.base_model.layers() if isinstance(layer, AdaptedLayer))
-        parts = self.base_model.parts.values()
-        journal.note_training([*self.modules(), *parts, *(one for held in adapters for one in held.values())])
-        self.eval()
+        beside: list[nn.Module] = [one for held in adapters for one in held.values()]
+        beside += [module for part in self.base_model.parts.values() for module in modules_in(part)]
+        training = [module for module in (*modules_in(self), *beside) if module.training]
+        if training:
+            journal.note_training(training)
+            self.eval()

@@ -173,7 +173,8 @@ def _output_layers(model: nn.Module, config: PeftConfig) -> list[Any]:
 
 def bare(module: nn.Module) -> nn.Module:
     """Return the module itself, or the layer below all adapters where it is a layer with adapters."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    # What has no children is no such layer, and most modules have none.
+    return module.get_base_layer() if module._modules and isinstance(module, BaseTunerLayer) else module
 
 
 def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,19 +33,19 @@ class Method:
     api: int = 1
     tags: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def adapters(self) -> tuple[type[Adapter], ...]:
         """The adapter classes."""
         if self.adapter is None:
             return ()
         return self.adapter if isinstance(self.adapter, tuple) else (self.adapter,)
 
-    @property
+    @functools.cached_property
     def kinds(self) -> frozenset[str]:
         """The kinds of sites that the method adapts."""
         return frozenset(kind for adapter in self.adapters for kind in adapter.kinds)
 
-    @property
+    @functools.cached_property
     def entries(self) -> tuple[str, ...]:
         """The names of the entries in which its adapters hold their tensors, on any kind of site."""
         return tuple(dict.fromkeys(entry for adapter in self.adapters for entry in adapter.entries))

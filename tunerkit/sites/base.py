@@ -268,8 +268,9 @@ class Site:
 
     def empty(self, *shape: int) -> Tensor:
         """Return a new tensor for an adapter at this site: on its device, of its dtype, not initialised."""
-        dtype = self.dtype if self.dtype.is_floating_point else torch.float32
-        return torch.empty(shape, dtype=dtype, device="meta" if _ON_META.get() else self.device)
+        stored = self.stored
+        dtype = stored.dtype if stored.is_floating_point() else torch.float32
+        return torch.empty(shape, dtype=dtype, device="meta" if _ON_META.get() else stored.device)
 
     def zeros(self, *shape: int) -> Tensor:
         """Return a new tensor of zeros for an adapter at this site."""

@@ -37,6 +37,12 @@ class LowRankAdapter(AdditiveAdapter):
         rank_groups: Into how many groups the rank is divided.
     """
 
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    scaling: float
+    lora_dropout: float
+    lora_bias: bool
     use_dora: bool = False
     settings: ClassVar[tuple[str, ...]] = ("scaling",)
     factor_keys: ClassVar[tuple[str, str]]
@@ -44,12 +50,15 @@ class LowRankAdapter(AdditiveAdapter):
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
-        self.r = config.rank_for(site.settings_name)
-        self.lora_alpha = config.alpha_for(site.settings_name)
-        self.use_rslora = config.use_rslora
-        self.scaling = self.initial_scaling
-        self.lora_dropout = config.lora_dropout
-        self.lora_bias = config.lora_bias
+        # At once: one by one they cost more than the factors, and a model may have thousands of layers.
+        self.__dict__.update(
+            r=config.rank_for(site.settings_name),
+            lora_alpha=config.alpha_for(site.settings_name),
+            use_rslora=config.use_rslora,
+            lora_dropout=config.lora_dropout,
+            lora_bias=config.lora_bias,
+        )
+        self.__dict__["scaling"] = self.initial_scaling
 
     @property
     def initial_scaling(self) -> float:
