@@ -314,6 +314,30 @@ def built_settings(cls: type[PeftConfig]) -> list[str]:
     return [item.name for item in dataclasses.fields(cls) if item.name not in common and rule_of(item).built]
 
 
+def chosen_config(peft_config: object, adapter_name: str) -> tuple[PeftConfig, str]:
+    """Return which of a tuner's configs is meant, and its adapter's name.
+
+    Args:
+        peft_config: A config, or several by adapter name.
+        adapter_name: The name; PEFT's default stands for the only one there is.
+
+    Raises:
+        ConfigError: It is something else, or has no config under that name.
+    """
+    if isinstance(peft_config, PeftConfig):
+        return peft_config, adapter_name
+    if not isinstance(peft_config, dict) or not all(isinstance(item, PeftConfig) for item in peft_config.values()):
+        msg = f"peft_config must be a PeftConfig or a dict of them by adapter name; it is {peft_config!r}."
+        raise ConfigError(msg)
+    if adapter_name in peft_config:
+        return peft_config[adapter_name], adapter_name
+    if adapter_name == "adapter" and len(peft_config) == 1:
+        name, config = next(iter(peft_config.items()))
+        return config, name
+    msg = f"peft_config has no entry {adapter_name!r}; it has {listing(peft_config)}. Say which with adapter_name."
+    raise ConfigError(msg)
+
+
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     """Make a config from a dict, of the class that its `peft_type` names.
 

@@ -15,8 +15,11 @@ from torch import nn
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.layer import tuner_layers
 from tunerkit.sites import AttentionSite, OutputProjectionSite
+from tunerkit.targeting import bare
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tunerkit.journal import Journal
 
 _SWITCHES: tuple[tuple[type[nn.Module], str], ...] = (
@@ -37,7 +40,7 @@ def set_fast_paths(model: nn.Module, journal: Journal, *, disabled: bool) -> Non
         journal: Where each change is noted before it is made.
         disabled: Whether the adapters are switched off.
     """
-    for module in model.modules():
+    for module in (model, *_containers(model)):
         for kind, switch in _SWITCHES:
             state = module.__dict__
             # An encoder from an old file may lack the switch, and then it does not take the fast path at all.
@@ -51,6 +54,16 @@ def set_fast_paths(model: nn.Module, journal: Journal, *, disabled: bool) -> Non
                 state[_BEFORE], state[switch] = state[switch], False
             else:
                 state[switch] = state.pop(_BEFORE)
+
+
+def _containers(module: nn.Module) -> Iterator[nn.Module]:
+    """Go through the modules below that have children, not entering layers with adapters other than for their base."""
+    for child in module._modules.values():
+        if child is not None and child._modules:
+            yield child
+            base = bare(child)
+            if base._modules:
+                yield from _containers(base)
 
 
 def _must_be_called(encoder: nn.Module) -> bool:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tunerkit import merge
 from tunerkit.attach import attach, make_part
 from tunerkit.biases import Biases, trained_biases
-from tunerkit.config import PeftConfig, check_config
+from tunerkit.config import PeftConfig, check_config, chosen_config
 from tunerkit.errors import (
     AdapterNameError,
     AdapterStateError,
     AdapterWarning,
-    ConfigError,
     ConfigWarning,
     TargetWarning,
     TyingWarning,
@@ -81,7 +80,7 @@ class BaseTuner(HookCalls, RoutedModel):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        config, name = _chosen(peft_config, check_adapter_name(adapter_name, RESERVED_NAMES))
+        config, name = chosen_config(peft_config, check_adapter_name(adapter_name, RESERVED_NAMES))
         self.__dict__.update(BaseTuner.around(model).__dict__)
         adapted = any(True for _ in tuner_layers(model))
         self.active_adapter: str | list[str] = name
@@ -385,19 +384,3 @@ def _declared(face: BaseTuner, config: PeftConfig) -> Method | None:
         if overrides_hooks(type(face)):
             return None
         raise
-
-
-def _chosen(peft_config: object, adapter_name: str) -> tuple[PeftConfig, str]:
-    """Return the config that is meant, and the adapter's name."""
-    if isinstance(peft_config, PeftConfig):
-        return peft_config, adapter_name
-    if not isinstance(peft_config, dict) or not all(isinstance(item, PeftConfig) for item in peft_config.values()):
-        msg = f"peft_config must be a PeftConfig or a dict of them by adapter name; it is {peft_config!r}."
-        raise ConfigError(msg)
-    if adapter_name in peft_config:
-        return peft_config[adapter_name], adapter_name
-    if adapter_name == "adapter" and len(peft_config) == 1:
-        name, config = next(iter(peft_config.items()))
-        return config, name
-    msg = f"peft_config has no entry {adapter_name!r}; it has {listing(peft_config)}. Say which with adapter_name."
-    raise ConfigError(msg)
