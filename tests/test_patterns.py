@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tunerkit import patterns
 from tunerkit.errors import TargetError
-from tunerkit.patterns import Patterns, count_patterns, pattern_value, settings_held
+from tunerkit.patterns import Patterns, count_patterns, hold_settings, pattern_value
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,20 @@ def test_a_dict_that_is_changed():
     assert pattern_value(given, "q", 4) == 4
 
 
-def test_within_a_block_they_are_read_once():
+def test_during_a_call_they_are_read_once():
     given, other = {"q": 1}, {"v": 2}
-    with settings_held():
+
+    @hold_settings
+    def call():
         assert pattern_value(given, "q", 4) == 1
         assert pattern_value(other, "q", 4) == 4
         assert pattern_value(other, "v", 4) == 2
         given["v"] = 3  # against the rule
         assert pattern_value(given, "v", 4) == 4
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
     assert pattern_value(given, "v", 4) == 3
 
 

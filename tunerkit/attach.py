@@ -14,7 +14,7 @@ from tunerkit.layer import BaseTunerLayer
 from tunerkit.modules import frozen_keys, tensors_in
 from tunerkit.names import EntryModule
 from tunerkit.naming import method_id
-from tunerkit.patterns import settings_held
+from tunerkit.patterns import hold_settings
 from tunerkit.sites import make_on_meta, make_site
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tunerkit.route import Owner
 
 
-@settings_held()
+@hold_settings
 def attach(
     create: Callable[..., object],
     plan: Plan,

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, TypeVar
+from contextvars import ContextVar, copy_context
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from tunerkit.errors import TargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from tunerkit.config import PeftConfig
 
 Value = TypeVar("Value")
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 _DOT = "."
 _SPECIAL = frozenset("\\^$*+?{}[]|()\n")
@@ -73,14 +74,19 @@ _patterns = functools.lru_cache(8)(Patterns)
 _HELD: ContextVar[dict[int, tuple[object, Patterns]] | None] = ContextVar("held", default=None)
 
 
-@contextlib.contextmanager
-def settings_held() -> Iterator[None]:
-    """Within the block no settings change, so that what is known of their patterns need not be compared with them."""
-    token = _HELD.set({})
-    try:
-        yield
-    finally:
-        _HELD.reset(token)
+def hold_settings(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Return a function during whose calls no settings change, so that their patterns are compared with them once.
+
+    It runs in a copy of the context, so however it ends, nothing outside has to be put back.
+    """
+
+    @functools.wraps(call)
+    def held(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        context = copy_context()
+        context.run(_HELD.set, {})
+        return context.run(call, *args, **kwargs)
+
+    return held
 
 
 def _patterns_of(settings: Mapping[str, object]) -> Patterns:
