@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import AdapterStateError, MergeError, RouteError
 from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
-from tunerkit.layer import BaseTunerLayer, split_input
-from tunerkit.names import PerAdapter, expose, withdraw
+from tunerkit.layer import BaseTunerLayer, own_call, split_input
+from tunerkit.names import PerAdapter, expose, per_adapter, withdraw
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
 from tunerkit.row_groups import run_layer
@@ -372,18 +371,26 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if name in self._site.read:
             return self._read(name)
         # What the model's own code reads of its layer comes first, then what the adapters have.
-        base = self.get_base_layer()
-        if not hasattr(base, name) and any(hasattr(adapter, name) for adapter in self._adapters.values()):
-            return PerAdapter(self._adapters, name, self.check_not_merged)  # type: ignore[arg-type]
-        if not hasattr(base, name):
+        attribute = self._attribute(name)
+        if attribute is not None:
+            return attribute
+        if not hasattr(self.get_base_layer(), name):
             for adapter in self._adapters.values():
-                call = _own(adapter.__dict__["_layer_class"], name)
+                call = own_call(adapter.__dict__["_layer_class"], name)
                 if call is not None:
                     return call.__get__(self, type(self))
         return getattr(self.base_layer, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; one that the adapters have takes a dict with a value for each of them."""
+        known = name.startswith("_") or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        attribute = None if known else self._attribute(name)
+        if attribute is None:
+            super().__setattr__(name, value)
+        else:
+            attribute.replace(value)
 
-def _own(kind: type[BaseTunerLayer], name: str) -> Any:
-    """Return what a method's layer class defines beyond `BaseTunerLayer` under a name, or None."""
-    own = itertools.takewhile(lambda base: base is not BaseTunerLayer, kind.__mro__)
-    return next((vars(base)[name] for base in own if name in vars(base)), None)
+    def _attribute(self, name: str) -> PerAdapter | None:
+        """Return an attribute that adapters have and the base layer has not, by adapter; None if it is no such one."""
+        below = hasattr(self.get_base_layer(), name)
+        return None if below else per_adapter(self._adapters, name, self.check_not_merged)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ is `tunerkit.adapted_layer.AdaptedLayer`.
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -341,3 +342,9 @@ def split_input(
     given = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
     first = next(iter(given or kwargs))
     return kwargs[first], (), {name: value for name, value in kwargs.items() if name != first}
+
+
+def own_call(kind: type[BaseTunerLayer], name: str) -> Any:
+    """Return what a method's layer class defines beyond `BaseTunerLayer` under a name, or None."""
+    own = itertools.takewhile(lambda base: base is not BaseTunerLayer, kind.__mro__)
+    return next((vars(base)[name] for base in own if name in vars(base)), None)

@@ -273,13 +273,16 @@ def _known(key: str, expected: set[str]) -> str:
 
 def _check_alike(item: _Assignment, earlier: _Assignment) -> None:
     if item is not earlier and not torch.equal(item.value, earlier.value):
-        keys = [one.piece.key(one.local) for one in (earlier, item)]
-        msg = (
-            f"{keys[0]} and {keys[1]} are one tensor of the model (ensure_weight_tying=True), and the checkpoint holds "
-            "two that differ: they were not tied in training. Load it with a config that says "
-            "ensure_weight_tying=False and whose target_modules name all the layers."
-        )
-        raise CheckpointError(msg)
+        raise CheckpointError(untied(*(one.piece.key(one.local) for one in (earlier, item))))
+
+
+def untied(first: str, second: str) -> str:
+    """Return what is to be said of two tensors of a checkpoint that differ and are one in the model, by their keys."""
+    return (
+        f"{first} and {second} are one tensor of the model (ensure_weight_tying=True), and the checkpoint holds two "
+        "that differ: they were not tied in training. Load it with a config that says ensure_weight_tying=False and "
+        "whose target_modules name all the layers."
+    )
 
 
 def _replace(item: _Assignment, own: Tensor, journal: Journal, made: dict[int, nn.Parameter]) -> None:
