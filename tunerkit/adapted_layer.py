@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import AdapterStateError, MergeError, RouteError
 from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
-from tunerkit.layer import BaseTunerLayer, own_call, split_input
+from tunerkit.layer import BaseTunerLayer, own_call, parameters_of, split_input
 from tunerkit.names import PerAdapter, expose, per_adapter, withdraw
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
@@ -201,9 +201,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter = self._adapters.get(name)
         if adapter is not None:
             frozen: frozenset[str] = adapter.__dict__["_frozen"]
-            for key, tensor in adapter.named_parameters():
-                if key not in frozen:
-                    yield tensor
+            if not frozen:
+                yield from parameters_of(adapter)
+                return
+            yield from (tensor for key, tensor in adapter.named_parameters() if key not in frozen)
 
     def _remove(self, name: str) -> None:
         if name in self.merged_adapters:

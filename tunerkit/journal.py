@@ -63,11 +63,11 @@ class Journal:
     def note_module(self, module: nn.Module) -> None:
         """Note a module's attributes, its dicts of children, tensors and hooks, and which of its own tensors train."""
         state = module.__dict__
-        # Views hold nothing themselves. Empty containers, as most dicts of hooks are, are noted as empty, not copied.
+        # Views hold nothing themselves (and an abstract class makes `isinstance` slow). Empty containers, as most dicts of hooks are, are noted as empty, not copied.
         contents = {
             name: (value, value.copy() if value else None)
             for name, value in state.items()
-            if isinstance(value, (dict, set, list)) and not isinstance(value, EntryView)
+            if isinstance(value, (dict, set, list)) and type(value) is not EntryView
         }
         flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
         self._notes.append((_restore_module, (module, dict(state), contents, flags)))

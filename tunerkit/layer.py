@@ -324,6 +324,14 @@ def cast_up(tensors: Iterable[Tensor]) -> None:
             tensor.data = tensor.data.float()
 
 
+def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Go through a module's parameters in the order of `parameters()`, which takes several times as long."""
+    yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+    for child in module._modules.values():
+        if child is not None:
+            yield from parameters_of(child)
+
+
 def _tensors_in(container: Any, name: str, prefix: str) -> dict[str, Tensor]:
     if container is None or name not in container:
         return {}
