@@ -63,8 +63,8 @@ class Journal:
     def note_module(self, module: nn.Module) -> None:
         """Note a module's attributes, its dicts of children, tensors and hooks, and which of its own tensors train."""
         state = module.__dict__
-        # Views hold nothing themselves; `isinstance` would be slow, as their class is an abstract one. Empty containers, as
-        # most dicts of hooks are, are noted as empty, not copied.
+        # Views hold nothing themselves; their class is an abstract one, for which `isinstance` is slow. Empty
+        # containers, as most dicts of hooks are, are noted as empty, not copied.
         contents = {
             name: (value, value.copy() if value else None)
             for name, value in state.items()
