@@ -12,6 +12,9 @@ from toys import bare, bottleneck, hooks_by_hand, registered, rotation, shared
 import tunerkit
 from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, ConfigError, UnknownAdapterError
 from tunerkit.testing.bench import Snapshot, adapter_tensors, move
+from tunerkit_ia3 import IA3Config
+from tunerkit_lora import LoraConfig
+from tunerkit_lora.adapter import LoraAdapter
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
 TOYS = [bare, bottleneck, rotation]
@@ -88,6 +91,95 @@ def test_a_layer_that_the_other_does_not_adapt_has_no_effect_afterwards(tmp_path
     tunerkit.hotswap_adapter(model, tmp_path, "default")
     assert torch.equal(run(model), run(other))
     assert model.peft_config["default"].target_modules == {"last"}
+
+
+@pytest.mark.parametrize("toy", [bare, bottleneck])
+def test_a_start_that_changes_the_output_is_refused_where_there_are_no_tensors(toy, tmp_path, monkeypatch):
+    model, other = adapted(toy, 1), adapted(toy, 2, targets=["last"])
+    other.save_pretrained(tmp_path)
+    kind = toy.method.adapter if toy is bottleneck else bare.BareAdapter
+    start = kind.__init__
+
+    def random_start(self, site, config):
+        start(self, site, config)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_()
+
+    monkeypatch.setattr(kind, "__init__", random_start)
+    before, output = Snapshot.of(model), run(model)
+    with pytest.raises(AdapterStateError) as error:
+        tunerkit.hotswap_adapter(model, tmp_path, "default")
+    assert "has no tensors for 'first', where the adapter has to be without effect then" in str(error.value)
+    assert before.differences(model) == []
+    assert torch.equal(run(model), output)
+
+
+@pytest.mark.parametrize("ones", [True, False], ids=["ones", "random"])
+def test_ia3_where_there_are_no_tensors(ones, tmp_path):
+    def make(seed, *targets):
+        config = IA3Config(target_modules=list(targets), feedforward_modules=[], init_ia3_weights=ones)
+        model = tunerkit.get_peft_model(base(), config).eval()
+        move(model, "default", seed=seed)
+        return model
+
+    model, other = make(1, "first", "last"), make(2, "last")
+    other.save_pretrained(tmp_path)
+    if ones:
+        tunerkit.hotswap_adapter(model, tmp_path, "default")
+        assert torch.equal(run(model), run(other))
+    else:
+        with pytest.raises(AdapterStateError, match=r"has no tensors for 'first', where .* it changes the weight"):
+            tunerkit.hotswap_adapter(model, tmp_path, "default")
+
+
+class TestCopies:
+    """Modules that are trained and saved as a whole are swapped with the rest."""
+
+    def adapted(self, seed, name="default"):
+        config = LoraConfig(target_modules=["first"], modules_to_save=["last"])
+        model = tunerkit.get_peft_model(base(), config, name).eval()
+        move(model, name, seed=seed)
+        return model
+
+    @pytest.mark.parametrize("named", [False, True], ids=["file", "with the name"])
+    def test_are_swapped_in_place(self, named):
+        model, other = self.adapted(1), self.adapted(2)
+        state = other.state_dict() if named else tunerkit.get_peft_model_state_dict(other)
+        if named:
+            state = {key: value for key, value in state.items() if ".default." in key}
+        before = adapter_tensors(model, "default")
+        assert (run(model) - run(other)).abs().max() > 1e-3
+        tunerkit.hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"])
+        assert torch.equal(run(model), run(other))
+        assert all(tensor is before[key] for key, tensor in adapter_tensors(model, "default").items())
+        with model.disable_adapter():
+            assert torch.equal(run(model), run(base()))
+
+    def test_that_the_checkpoint_lacks_are_missing(self):
+        model = self.adapted(1)
+        other = tunerkit.get_peft_model(base(), LoraConfig(target_modules=["first"]))
+        before, output = Snapshot.of(model), run(model)
+        with pytest.raises(CheckpointError, match=r"that it lacks: .*last\.bias.*last\.weight"):
+            tunerkit.hotswap_adapter_from_state_dict(
+                model, tunerkit.get_peft_model_state_dict(other), "default", other.peft_config["default"]
+            )
+        assert before.differences(model) == []
+        assert torch.equal(run(model), output)
+
+    def test_an_error_on_the_way_undoes_what_was_done(self, monkeypatch):
+        model, other = self.adapted(1), self.adapted(2)
+        output = run(model)
+
+        def fail(self, adapter):
+            raise KeyboardInterrupt("on purpose")
+
+        monkeypatch.setattr(LoraAdapter, "take", fail)
+        with pytest.raises(KeyboardInterrupt, match="on purpose"):
+            tunerkit.hotswap_adapter_from_state_dict(
+                model, tunerkit.get_peft_model_state_dict(other), "default", other.peft_config["default"]
+            )
+        assert torch.equal(run(model), output)
 
 
 def test_swapping_into_a_compiled_model_does_not_compile_again(tmp_path):

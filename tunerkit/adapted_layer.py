@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import AdapterStateError, MergeError, RouteError
 from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
-from tunerkit.layer import BaseTunerLayer, cast_up, own_attribute, split_input
+from tunerkit.layer import BaseTunerLayer, cast_up, own_call, split_input
 from tunerkit.modules import begin, frozen_keys, parameters_in, set_mode, tensors_in
-from tunerkit.names import PerAdapter, expose, withdraw
+from tunerkit.names import PerAdapter, expose, per_adapter, withdraw
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
 from tunerkit.row_groups import run_layer
@@ -93,9 +93,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _standing(self, names: tuple[str, ...] | None) -> tuple[Adapter, ...]:
         """Return the adapters that take part in what this thread does now, from the lowest up."""
-        return self._stack if names is None else self._routed(names)
-
-    def _routed(self, names: tuple[str, ...]) -> tuple[Adapter, ...]:
+        if names is None:
+            return self._stack
         self._refuse_merged(names)
         return tuple(self._adapters[name] for name in names if name in self._adapters)
 
@@ -182,11 +181,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             method: The id of its method.
             layer_class: The method's layer class, whose own calls this layer then answers too.
         """
-        adapter.__dict__.update(
-            _method=method,
-            _layer_class=layer_class,
-            _frozen=frozen_keys(adapter),
-        )
+        adapter.__dict__.update(_method=method, _layer_class=layer_class, _frozen=frozen_keys(adapter))
         if adapter.training != self.training:
             adapter.train(self.training)
         self._adapters[name] = adapter
@@ -248,11 +243,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         sole = stack[0] if len(stack) == 1 and self._merged is None else None
         self.__dict__.update(_stack=stack, _sole=sole)
         self._owner.changes += 1
-
-    @property
-    def merges_when_switched(self) -> bool:
-        """Whether switching the adapters off or on changes the base layer, for some are merged or were."""
-        return self._merged is not None or bool(self._merged_before)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, or on again; what is merged is taken out and put back: off means the base layer."""
@@ -385,12 +375,26 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if name in self._site.read:
             return self._read(name)
         # What the model's own code reads of its layer comes first, then what the adapters have.
-        base = self.get_base_layer()
-        if not hasattr(base, name) and any(hasattr(adapter, name) for adapter in self._adapters.values()):
-            return PerAdapter(self._adapters, name, self.check_not_merged)  # type: ignore[arg-type]
-        if not hasattr(base, name):
+        attribute = self._attribute(name)
+        if attribute is not None:
+            return attribute
+        if not hasattr(self.get_base_layer(), name):
             for adapter in self._adapters.values():
-                call = own_attribute(adapter.__dict__["_layer_class"], name)
+                call = own_call(adapter.__dict__["_layer_class"], name)
                 if call is not None:
                     return call.__get__(self, type(self))
         return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; one that the adapters have takes a dict with a value for each of them."""
+        known = name.startswith("_") or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        attribute = None if known else self._attribute(name)
+        if attribute is None:
+            super().__setattr__(name, value)
+        else:
+            attribute.replace(value)
+
+    def _attribute(self, name: str) -> PerAdapter | None:
+        """Return an attribute that adapters have and the base layer has not, by adapter; None if it is no such one."""
+        below = hasattr(self.get_base_layer(), name)
+        return None if below else per_adapter(self._adapters, name, self.check_not_merged)  # type: ignore[arg-type]

@@ -163,7 +163,8 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             warnings.warn(MergeWarning(msg), stacklevel=2)
         with Journal() as journal:
             self._note(journal, layers)
-            self.unmerge_adapter()
+            if any(layer.merged for layer in layers):
+                self.unmerge_adapter()
             for layer in layers:
                 layer.set_adapter(names, inference_mode=inference_mode)
             self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
@@ -232,7 +233,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
                 self.biases.show(trained=self.biases.name in self.active_adapters)
             # Where one layer's base holds another's, what was merged last is taken out first.
             for layer in layers if enabled else reversed(layers):
-                if not isinstance(layer, AdaptedLayer) or layer.merges_when_switched:
+                if not isinstance(layer, AdaptedLayer) or layer.merged or layer._merged_before:
                     merge.note_parameters(journal, layer)
                 layer.enable_adapters(enabled)
             if not enabled and not self.disabled:

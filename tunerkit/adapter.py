@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tunerkit.alike import run_alike
 from tunerkit.errors import AdapterStateError, UnsupportedSiteError
 from tunerkit.modules import begin
+from tunerkit.sites import Bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from tunerkit.config import PeftConfig
     from tunerkit.rows import Groups
     from tunerkit.sites import Below, Site
+
+_ROUNDING = 4
+"""By how many times the precision of its numbers a weight may differ from one that is the same."""
 
 
 class Adapter(nn.Module):
@@ -90,6 +94,21 @@ class Adapter(nn.Module):
         """Return why this adapter cannot be active on a layer together with these others, or None if it can."""
         del others
         return None
+
+    def has_effect(self, base: Site) -> bool:
+        """Return whether this adapter changes the layer by more than rounding does.
+
+        One that has no merged form counts as if it did; a subclass that knows better says so.
+
+        Args:
+            base: The bare layer.
+        """
+        if self.unfoldable is not None:
+            return True
+        with torch.no_grad():
+            before = base.weight, base.bias
+            after = self.merged(Bound(base, base, (), {}))
+            return any(_differ(*pair) for pair in zip(before, after, strict=True))
 
     def join(self, part: Part) -> None:
         """Take in the part that all adapters of this name share; called once, before the adapter is used."""
@@ -236,6 +255,13 @@ class Part(nn.Module):
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the model for a call in which this adapter takes part; a subclass may do something before and after."""
         return call(*args, **kwargs)
+
+
+def _differ(before: Tensor | None, after: Tensor | None) -> bool:
+    if before is None or after is None:
+        return after is not None and bool(after.any())
+    change = (after.float() - before.float()).norm()
+    return bool(change > _ROUNDING * torch.finfo(before.dtype).eps * before.float().norm())
 
 
 def linear(weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -> nn.Linear:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.errors import AdapterStateError, CheckpointError
@@ -13,19 +15,31 @@ from tunerkit.tuner import tuner_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
+
+    from tunerkit.tuner import BaseTuner
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state of the base model, under the keys it has without adapters.
 
-    What is merged into its weights is in them.
+    What is merged into its weights is in them. Biases that an adapter trains are the base model's own, in copies, for
+    the trained ones take their place while it is active.
 
     Args:
         model: A `PeftModel`, or a model into which adapters were injected.
+
+    Raises:
+        AdapterStateError: The base model's own biases are not to be had: another adapter is merged into those that one
+            trains, or they are kept by a `PeftModel` around the model.
     """
-    base = tuner_of(model).model
-    return {own: value for key, value in base.state_dict().items() if (own := _base_key(base, key)) is not None}
+    tuner = tuner_of(model)
+    tuner.biases.check_kept(tuner.peft_config)
+    tuner.biases.check_readable(tuner.layers())
+    base, kept = tuner.model, {} if _is_merged(tuner) else tuner.biases.base_values()
+    state: dict[str, Any] = base.state_dict(keep_vars=True)
+    found = ((own, value) for key, value in state.items() if (own := _base_key(base, key)) is not None)
+    return {own: _detached(kept.get(id(value), value)) for own, value in found}
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
@@ -41,10 +55,12 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 
     Raises:
         CheckpointError: Keys are missing or unexpected and `strict` is set, or shapes differ; nothing was changed.
-        AdapterStateError: Adapters are merged, so that unmerging would put the old values back.
+        AdapterStateError: Adapters are merged, so that unmerging would put the old values back, or a `PeftModel` around
+            the model keeps its own biases.
     """
     tuner = tuner_of(model)
-    if any(layer.merged for layer in tuner.layers()):
+    tuner.biases.check_kept(tuner.peft_config)
+    if _is_merged(tuner):
         msg = "Adapters are merged, so unmerging would put the old weights back. Call unmerge_adapter() first."
         raise AdapterStateError(msg)
     base = tuner.model
@@ -60,8 +76,21 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         if theirs != ours:
             report.mismatched_keys.append(f"{own} is {_size(theirs)}, the model's {_size(ours)}")
     _refuse(report, strict=strict)
-    base.load_state_dict({known[own]: state_dict[own] for own in report.loaded_keys}, strict=False)
+    shown = tuner.biases.shown
+    try:
+        tuner.biases.show(trained=False)
+        base.load_state_dict({known[own]: state_dict[own] for own in report.loaded_keys}, strict=False)
+    finally:
+        tuner.biases.show(trained=shown)
     return report
+
+
+def _is_merged(tuner: BaseTuner) -> bool:
+    return any(layer.merged for layer in tuner.layers())
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value  # what a module saves beside tensors may be anything
 
 
 def _size(shape: tuple[int, ...] | None) -> str:

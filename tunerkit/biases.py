@@ -16,7 +16,7 @@ from tunerkit.layer import BaseTunerLayer, tuner_layers
 from tunerkit.naming import PREFIX, listing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -128,6 +128,12 @@ class Biases:
                 found.append(BasePiece(file_path(path, PREFIX), module, self.name, tensors, in_model=self.shown))
         return found
 
+    def base_values(self) -> dict[int, Tensor]:
+        """Return copies of the base model's own values, whichever are in place, by the id of the parameter."""
+        own = self.parameters()
+        values = zip(own, self.kept if self.shown else own, strict=True)
+        return {id(parameter): value.detach().to(parameter, copy=True) for parameter, value in values}
+
     # What cannot be done meanwhile
 
     def check_free(self) -> None:
@@ -137,6 +143,38 @@ class Biases:
                 f"The adapter {self.name!r} trains the base model's biases (bias={self.which!r}), which are shared, so "
                 "only one adapter at a time can. Set bias='none' in the config of the other, or take this one out "
                 f"first with delete_adapter({self.name!r})."
+            )
+            raise AdapterStateError(msg)
+
+    def check_kept(self, configs: Mapping[str, PeftConfig]) -> None:
+        """Raise `AdapterStateError` if an adapter trains biases whose other values are not kept here."""
+        for name, config in configs.items():
+            which = trained_biases(config)
+            if which is not None and name != self.name:
+                msg = (
+                    f"The adapter {name!r} trains the base model's biases (bias={which!r}), and the values that are "
+                    "not in place are kept by the PeftModel around this model. Pass the PeftModel itself."
+                )
+                raise AdapterStateError(msg)
+
+    def check_writable(self, layers: Iterable[BaseTunerLayer]) -> None:
+        """Raise `AdapterStateError` if adapters are merged, perhaps into these very biases: new ones would not show."""
+        merged = next((layer.merged_adapters for layer in layers if layer.merged), None)
+        if self.name and merged:
+            msg = (
+                f"The base model's biases, which {self.name!r} trains (bias={self.which!r}), cannot get other values "
+                f"while {listing(merged)} is merged into the model. Call unmerge_adapter() first."
+            )
+            raise AdapterStateError(msg)
+
+    def check_readable(self, layers: Iterable[BaseTunerLayer]) -> None:
+        """Raise `AdapterStateError` if what is merged holds trained biases that do not belong to it."""
+        merged = {name for layer in layers for name in layer.merged_adapters}
+        if self.shown and merged and self.name not in merged:
+            msg = (
+                f"{listing(sorted(merged))} is merged into biases that {self.name!r} trains (bias={self.which!r}), so "
+                "the base model's own with only what is merged are not there. Call unmerge_adapter() first, or merge "
+                f"{self.name!r} too."
             )
             raise AdapterStateError(msg)
 

@@ -309,6 +309,9 @@ def loading_for(model: nn.Module, name: str, tensors: Mapping[str, Any]) -> Load
     if any(name in layer.merged_adapters for _, layer in tuner_layers(model)):
         msg = f"The adapter {name!r} is merged, so new tensors would have no effect. Call unmerge_adapter() first."
         raise AdapterStateError(msg)
+    tuner = find_tuner(model)
+    if tuner is not None and tuner.biases.name == name:
+        tuner.biases.check_writable(tuner.layers())
     base, prefix = _base(model)
     repeated = repeated_keys(base, name, prefix)
     tensors = {key: value for key, value in tensors.items() if key not in repeated}

@@ -10,11 +10,17 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from tunerkit._typecheck import fits
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter
-from tunerkit.checkpoint.state import Loading, Piece, piece_of
+from tunerkit.biases import trained_biases
+from tunerkit.checkpoint.base_model import repeated_keys
+from tunerkit.checkpoint.state import Loading, Piece, piece_of, untied
 from tunerkit.config import check_config
+from tunerkit.copied_module import CopiedModule
+from tunerkit.embeddings import check_writable, embeddings_to_load
 from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, ConfigError, UnknownAdapterError
 from tunerkit.journal import Journal
 from tunerkit.layer import original, tuner_layers
@@ -28,7 +34,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
 
-    import torch
     from torch import Tensor, nn
 
     from tunerkit.config import PeftConfig
@@ -76,7 +81,9 @@ def hotswap_adapter_from_state_dict(
 ) -> None:
     """Put a checkpoint's tensors into an adapter of a model, in place.
 
-    Layers of the adapter for which there are no tensors get an adapter as it is at its start, without effect.
+    Layers of the adapter for which there are no tensors get an adapter as the config starts it, which must be without
+    effect. What the adapter has beside its layers is swapped too, if the other one has the same: copies of whole
+    modules (`modules_to_save`) and trained biases. Embeddings in the checkpoint go into the base model, as in loading.
 
     Args:
         model: A `PeftModel`, or a model into which adapters were injected; it may be compiled.
@@ -87,7 +94,8 @@ def hotswap_adapter_from_state_dict(
 
     Raises:
         CheckpointError: The tensors do not fit; the model is as it was.
-        AdapterStateError: The adapter is merged, or the method cannot be swapped; the model is as it was.
+        AdapterStateError: The adapter is merged, the method cannot be swapped, the two do not train the same biases, or
+            where there are no tensors the start would have an effect; the model is as it was.
     """
     del parameter_prefix
     tuner = tuner_of(model)
@@ -95,13 +103,15 @@ def hotswap_adapter_from_state_dict(
     with Journal() as journal:
         journal.note_module(tuner)
         journal.note(tuner.peft_config.update, dict(tuner.peft_config))
-        for layer, other in _filled(tuner, layers, adapter_name, config, state_dict):
+        filled = _filled(tuner, layers, adapter_name, config, state_dict)
+        for _, layer, other in filled:
             adapter = layer.adapters[adapter_name]
             for module in adapter.modules():
                 journal.note_module(module)
             for tensor in adapter.state_dict(keep_vars=True).values():
                 journal.note_values(tensor)
             adapter.take(other)
+        _check_tied(filled, adapter_name)
         if adapter_name in tuner.peft_config:
             new = config.copy()
             new.inference_mode = tuner.peft_config[adapter_name].inference_mode
@@ -164,6 +174,8 @@ def _layers_to_swap(tuner: BaseTuner, name: str, config: PeftConfig) -> list[tup
         raise UnknownAdapterError(msg)
     layers: list[tuple[str, AdaptedLayer]] = []
     for path, layer in found:
+        if isinstance(layer, CopiedModule):
+            continue
         if not isinstance(layer, AdaptedLayer):
             msg = (
                 f"The layer {path!r} of the adapter {name!r} is a {type(layer).__name__}, which cannot be swapped. "
@@ -186,7 +198,44 @@ def _layers_to_swap(tuner: BaseTuner, name: str, config: PeftConfig) -> list[tup
             "and load the other one."
         )
         raise AdapterStateError(msg)
+    _check_biases(tuner, name, config)
     return layers
+
+
+def _check_biases(tuner: BaseTuner, name: str, config: PeftConfig) -> None:
+    tuner.biases.check_kept(tuner.peft_config)
+    mine = tuner.biases.name == name
+    own, new = tuner.biases.which if mine else "none", trained_biases(config) or "none"
+    if own != new:
+        msg = (
+            f"The adapter {name!r} has bias={own!r} and the other bias={new!r}, so they do not train the same biases "
+            "and cannot be swapped. Delete the adapter and load the other one."
+        )
+        raise AdapterStateError(msg)
+    if mine:
+        tuner.biases.check_writable(tuner.layers())
+
+
+def _beside_layers(tuner: BaseTuner, name: str) -> list[Piece]:
+    """Return what the adapter has beside its layers, to be written in place: copies of modules, and biases."""
+    copies = [
+        piece_of(path, layer, name, PREFIX)
+        for path, layer in tuner_layers(tuner.model)
+        if isinstance(layer, CopiedModule) and name in layer.available_adapters
+    ]
+    return copies + (tuner.biases.pieces() if tuner.biases.name == name else [])
+
+
+def _check_tied(filled: Iterable[tuple[Piece, AdaptedLayer, Adapter]], name: str) -> None:
+    """Raise `CheckpointError` if a tensor that several layers share was given two different values."""
+    states = [(piece, layer.adapters[name].state_dict(keep_vars=True), other) for piece, layer, other in filled]
+    last = {id(tensor): piece.key(local) for piece, own, _ in states for local, tensor in own.items()}
+    for piece, own, other in states:
+        theirs = other.state_dict()
+        for local, tensor in own.items():
+            key = piece.key(local)
+            if last[id(tensor)] != key and not torch.equal(tensor, theirs[local].to(tensor)):
+                raise CheckpointError(untied(key, last[id(tensor)]))
 
 
 def _filled(
@@ -195,26 +244,44 @@ def _filled(
     name: str,
     config: PeftConfig,
     state_dict: Mapping[str, Tensor],
-) -> list[tuple[AdaptedLayer, Adapter]]:
-    """Return each layer with the adapter that is to be swapped in there, made beside the model and filled."""
+) -> list[tuple[Piece, AdaptedLayer, Adapter]]:
+    """Return each layer with the adapter that is to be swapped in there, made beside the model and filled.
+
+    What the adapter has beside its layers is filled in place; an open journal holds what was there.
+    """
     beside = {path: (layer, _made_beside(tuner, path, layer, name, config, meta=True)) for path, layer in layers}
     pieces = {path: piece_of(path, other, name, PREFIX) for path, (_, other) in beside.items()}
-    tensors = _under_file_keys(state_dict, pieces.values())
-    loading = Loading(list(pieces.values()), tensors)
+    everything = [*pieces.values(), *_beside_layers(tuner, name)]
+    repeated = repeated_keys(tuner.model, name, PREFIX)
+    tensors = {key: tensor for key, tensor in _under_file_keys(state_dict, everything).items() if key not in repeated}
+    loading = Loading(everything, tensors, embeddings_to_load(tuner.model, name, PREFIX))
+    check_writable(tuner.model, loading.optional)
     report = loading.report
     missing = set(report.missing_keys)
     for path, piece in pieces.items():
         keys = [piece.key(local) for local in piece.in_file(piece.tensors)]
         if missing.issuperset(keys):
             missing.difference_update(keys)
-            beside[path] = beside[path][0], _made_beside(tuner, path, beside[path][0], name, config, meta=False)
+            layer = beside[path][0]
+            beside[path] = layer, _made_beside(tuner, path, layer, name, config, meta=False)
+            _check_without_effect(path, layer, beside[path][1].adapters[name])
     report.missing_keys = sorted(missing)
     report.settle("The adapter to swap in", strict=True)
     if not report.loaded_keys:
         msg = f"None of the tensors to swap in belongs to a layer of the adapter {name!r}."
         raise CheckpointError(msg)
     loading.write()
-    return [(layer, other.adapters[name]) for layer, other in beside.values()]
+    return [(pieces[path], layer, other.adapters[name]) for path, (layer, other) in beside.items()]
+
+
+def _check_without_effect(path: str, layer: AdaptedLayer, adapter: Adapter) -> None:
+    if adapter.has_effect(layer.bare_site):
+        why = adapter.unfoldable or "as its config starts it, it changes the weight"
+        msg = (
+            f"What is to be swapped in has no tensors for {path!r}, where the adapter has to be without effect then, "
+            f"and that a {type(adapter).__name__} cannot be seen to be there: {why}. Load it as another adapter."
+        )
+        raise AdapterStateError(msg)
 
 
 def _made_beside(

@@ -325,12 +325,6 @@ def stack_at(module: object) -> Iterator[BaseTunerLayer]:
         module = getattr(module, module.base_name)
 
 
-def own_attribute(kind: type[BaseTunerLayer], name: str) -> Any:
-    """Return what a method's layer class defines beyond `BaseTunerLayer` under a name, or None."""
-    own = itertools.takewhile(lambda base: base is not BaseTunerLayer, kind.__mro__)
-    return next((vars(base)[name] for base in own if name in vars(base)), None)
-
-
 def entry_name(key: str, name: str) -> str:
     """Return what a tensor of an adapter is called in the model: the adapter's name stands after that of the entry."""
     entry, dot, rest = key.partition(".")
@@ -362,3 +356,9 @@ def split_input(
     given = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
     first = next(iter(given or kwargs))
     return kwargs[first], (), {name: value for name, value in kwargs.items() if name != first}
+
+
+def own_call(kind: type[BaseTunerLayer], name: str) -> Any:
+    """Return what a method's layer class defines beyond `BaseTunerLayer` under a name, or None."""
+    own = itertools.takewhile(lambda base: base is not BaseTunerLayer, kind.__mro__)
+    return next((vars(base)[name] for base in own if name in vars(base)), None)

@@ -11,13 +11,14 @@ This is the one clever thing in the core. It rests on `nn.Module` reaching its c
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tunerkit.errors import PluginError
+from tunerkit.errors import ArgumentError, PluginError
 from tunerkit.modules import begin
+from tunerkit.naming import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -186,6 +187,26 @@ class PerAdapter(MutableMapping[str, Any]):
         self._check(name)
         delattr(self._adapters[name], self._attribute)
 
+    def replace(self, values: object) -> None:
+        """Give all adapters their values at once.
+
+        Args:
+            values: A mapping with a value for each adapter that has the attribute.
+
+        Raises:
+            ArgumentError: It is something else; nothing was changed.
+        """
+        names = list(self)
+        if not isinstance(values, Mapping) or values.keys() != set(names):
+            msg = (
+                f"{self._attribute!r} is an attribute of each adapter, so it takes a dict with a value for each of "
+                f"{listing(names)}; it was given {values!r}. To change one alone set {self._attribute}[name]."
+            )
+            raise ArgumentError(msg)
+        for name in names:
+            self._check(name)
+        self.update(values)
+
     def __iter__(self) -> Iterator[str]:
         return (name for name, adapter in self._adapters.items() if hasattr(adapter, self._attribute))
 
@@ -194,6 +215,12 @@ class PerAdapter(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+def per_adapter(adapters: dict[str, nn.Module], name: str, check: Callable[[str], None]) -> PerAdapter | None:
+    """Return an attribute by adapter, or None if no adapter has it; see `PerAdapter`."""
+    found = any(hasattr(adapter, name) for adapter in adapters.values())
+    return PerAdapter(adapters, name, check) if found else None
 
 
 def entries_of(adapter: nn.Module) -> list[str]:

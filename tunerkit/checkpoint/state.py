@@ -20,7 +20,7 @@ from tunerkit.layer import BaseTunerLayer, entry_name, tuner_layers
 from tunerkit.naming import PREFIX, uncompiled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from tunerkit.adapter import Adapter, Part
 
@@ -69,8 +69,8 @@ def pieces(model: nn.Module, name: str, prefix: str, parts: Mapping[str, Part], 
         parts: The model-wide parts by adapter name.
         tuner: Where those parts are visible in the module tree.
     """
-    layers = ((path, layer) for path, layer in _levels(model, name) if layer.adapter_tensors(name))
-    found = [piece_of(path, layer, name, prefix) for path, layer in layers]
+    held = (piece_of(path, layer, name, prefix) for path, layer in _levels(model, name))
+    found = [piece for piece in held if piece.tensors]
     if name in parts and tuner is not None:
         found.append(Piece(prefix.partition(".")[0], tuner, name, parts[name].state_dict(keep_vars=True)))
     return found
@@ -99,6 +99,8 @@ def _levels(model: nn.Module, name: str) -> list[tuple[str, BaseTunerLayer]]:
     """
     layers = dict(tuner_layers(model))
     held = {path: layer for path, layer in layers.items() if name in layer.available_adapters}
+    if not _any_nested(layers):
+        return list(held.items())
     paths: dict[int, list[str]] = {}
     stacks: dict[int, list[BaseTunerLayer]] = {}
     for path, layer in held.items():
@@ -112,6 +114,16 @@ def _levels(model: nn.Module, name: str) -> list[tuple[str, BaseTunerLayer]]:
         for base, stack in stacks.items()
         for path, layer in zip(paths[base], sorted(stack, key=_order, reverse=True), strict=True)
     ]
+
+
+def _any_nested(paths: Iterable[str]) -> bool:
+    """Return whether one of the paths leads through another; those below a path come right after it."""
+    above = None
+    for path in paths:
+        if above is not None and path.startswith(above):
+            return True
+        above = f"{path}." if path else ""
+    return False
 
 
 def _order(layer: BaseTunerLayer) -> int:
@@ -271,13 +283,16 @@ def _known(key: str, expected: set[str]) -> str:
 
 def _check_alike(item: _Assignment, earlier: _Assignment) -> None:
     if item is not earlier and not torch.equal(item.value, earlier.value):
-        keys = [one.piece.key(one.local) for one in (earlier, item)]
-        msg = (
-            f"{keys[0]} and {keys[1]} are one tensor of the model (ensure_weight_tying=True), and the checkpoint holds "
-            "two that differ: they were not tied in training. Load it with a config that says "
-            "ensure_weight_tying=False and whose target_modules name all the layers."
-        )
-        raise CheckpointError(msg)
+        raise CheckpointError(untied(*(one.piece.key(one.local) for one in (earlier, item))))
+
+
+def untied(first: str, second: str) -> str:
+    """Return what is to be said of two tensors of a checkpoint that differ and are one in the model, by their keys."""
+    return (
+        f"{first} and {second} are one tensor of the model (ensure_weight_tying=True), and the checkpoint holds two "
+        "that differ: they were not tied in training. Load it with a config that says ensure_weight_tying=False and "
+        "whose target_modules name all the layers."
+    )
 
 
 def _replace(item: _Assignment, own: Tensor, journal: Journal, made: dict[int, nn.Parameter]) -> None:

@@ -512,3 +512,165 @@ def test_a_copied_module_has_the_bases_own_biases():
     high = model.get_base_model().high
     assert torch.equal(high.modules_to_save["two"].bias, own)
     assert torch.equal(high.original_module.bias, own + 1)
+
+
+class TestSwapping:
+    def swapped(self, model, other):
+        tunerkit.hotswap_adapter_from_state_dict(
+            model, get_peft_model_state_dict(other), "default", other.peft_config["default"]
+        )
+
+    def loaded(self, model, other):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+
+    def other(self, base, bias="all"):
+        model = trained(copy.deepcopy(base), bias)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(-2)
+        return model
+
+    @pytest.mark.parametrize("bias", ["all", "lora_only"])
+    @pytest.mark.parametrize("active", [True, False], ids=["active", "not active"])
+    def test_takes_the_biases_along(self, base, inputs, bias, active):
+        other, plain = self.other(base, bias), run(base, inputs)
+        model = trained(base, bias)
+        model.add_adapter("more", lora("none"))
+        parameters = dict(model.named_parameters())
+        assert (run(model, inputs) - run(other, inputs)).abs().max() > 1e-3
+        if not active:
+            model.set_adapter("more")
+        self.swapped(model, other)
+        if not active:
+            assert torch.equal(run(model, inputs), plain)
+            model.set_adapter("default")
+        assert torch.equal(run(model, inputs), run(other, inputs))
+        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+        with model.disable_adapter():
+            assert torch.equal(run(model, inputs), plain)
+
+    @pytest.mark.parametrize(("ours", "theirs"), [("all", "none"), ("none", "all"), ("all", "lora_only")])
+    def test_other_biases_are_refused(self, base, inputs, ours, theirs):
+        other = self.other(base, theirs)
+        model = trained(base, ours)
+        before, output = Snapshot.of(model), run(model, inputs)
+        with pytest.raises(AdapterStateError) as error:
+            self.swapped(model, other)
+        assert f"'default' has bias={ours!r} and the other bias={theirs!r}, so " in str(error.value)
+        assert before.differences(model) == []
+        assert torch.equal(run(model, inputs), output)
+
+    def test_the_base_model_alone_does_not_know_them(self, base):
+        other, model = self.other(base), trained(base)
+        with pytest.raises(AdapterStateError, match=r"trains the base model's biases .* Pass the PeftModel itself\."):
+            self.swapped(model.get_base_model(), other)
+
+    def test_an_error_on_the_way_undoes_what_was_done(self, base, inputs, monkeypatch):
+        other, model = self.other(base), trained(base)
+        output = run(model, inputs)
+
+        def fail(self, adapter):
+            raise KeyboardInterrupt("on purpose")
+
+        monkeypatch.setattr("tunerkit_lora.adapter.LoraAdapter.take", fail)
+        with pytest.raises(KeyboardInterrupt, match="on purpose"):
+            self.swapped(model, other)
+        assert torch.equal(run(model, inputs), output)
+
+    @pytest.mark.parametrize("swap", [True, False], ids=["swapped", "loaded"])
+    def test_is_refused_while_another_adapter_is_merged(self, base, swap):
+        other, model = self.other(base), trained(base)
+        model.add_adapter("more", lora("none"))
+        model.merge_adapter(["more"])
+        put = self.swapped if swap else self.loaded
+        with pytest.raises(AdapterStateError, match=r"biases.*'more' is merged.*Call unmerge_adapter\(\) first"):
+            put(model, other)
+
+
+class TestStateOfTheBase:
+    """`get_base_model_state_dict` and `set_base_model_state_dict` mean the base's own biases, whatever is in place."""
+
+    @pytest.mark.parametrize("state", ["active", "not active", "disabled"])
+    def test_is_read(self, base, inputs, state):
+        own = {key: value.clone() for key, value in base.state_dict().items()}
+        model = trained(base)
+        model.add_adapter("more", lora("none"))
+        output = run(model, inputs)
+        if state == "not active":
+            model.set_adapter("more")
+        elif state == "disabled":
+            model.base_model.disable_adapter_layers()
+        before = Snapshot.of(model)
+        found = tunerkit.get_base_model_state_dict(model)
+        assert same(found, own)
+        assert before.differences(model) == []
+        model.base_model.enable_adapter_layers()
+        model.set_adapter("default")
+        assert same(found, own)
+        assert torch.equal(run(model, inputs), output)
+
+    def test_has_the_dtype_that_the_model_has_now(self, base):
+        model = trained(base)
+        found = tunerkit.get_base_model_state_dict(model.double())
+        assert {tensor.dtype for tensor in found.values()} == {torch.float64}
+
+    @pytest.mark.parametrize("state", ["active", "not active", "disabled"])
+    def test_is_written(self, base, inputs, state):
+        torch.manual_seed(3)
+        new = Model().eval()
+        model = trained(base)
+        model.add_adapter("more", lora("none"))
+        if state == "not active":
+            model.set_adapter("more")
+        elif state == "disabled":
+            model.base_model.disable_adapter_layers()
+        adapter = get_peft_model_state_dict(model)
+        adapter = {key: value.clone() for key, value in adapter.items()}
+        assert tunerkit.set_base_model_state_dict(model, new.state_dict()).complete
+        assert same(tunerkit.get_base_model_state_dict(model), new.state_dict())
+        assert same(get_peft_model_state_dict(model), adapter)
+        model.base_model.enable_adapter_layers()
+        model.set_adapter("more")
+        assert torch.equal(run(model, inputs), run(new, inputs))
+        model.set_adapter("default")
+        expected = get_peft_model(copy.deepcopy(new), lora()).eval()
+        set_peft_model_state_dict(expected, adapter)
+        assert torch.equal(run(model, inputs), run(expected, inputs))
+        assert same(tunerkit.get_base_model_state_dict(model), new.state_dict())
+
+    def test_an_error_in_writing_leaves_the_trained_biases_in_place(self, base, inputs, monkeypatch):
+        model = trained(base)
+        output, own = run(model, inputs), tunerkit.get_base_model_state_dict(model)
+
+        def fail(self, *args, **kwargs):
+            raise KeyboardInterrupt("on purpose")
+
+        monkeypatch.setattr(Model, "load_state_dict", fail)
+        with pytest.raises(KeyboardInterrupt, match="on purpose"):
+            tunerkit.set_base_model_state_dict(model, Model().state_dict())
+        assert torch.equal(run(model, inputs), output)
+        assert same(tunerkit.get_base_model_state_dict(model), own)
+
+    def test_what_is_merged_is_in_it(self, base, inputs):
+        model = trained(base)
+        output = run(model, inputs)
+        model.merge_adapter()
+        loaded = Model().eval()
+        loaded.load_state_dict(tunerkit.get_base_model_state_dict(model))
+        assert_close(run(loaded, inputs), output)
+
+    def test_another_merged_onto_trained_biases_is_refused(self, base):
+        model = trained(base)
+        model.add_adapter("more", lora("none"))
+        model.merge_adapter(["more"])
+        with pytest.raises(AdapterStateError, match=r"'more' is merged.*biases.*'default' trains"):
+            tunerkit.get_base_model_state_dict(model)
+
+    def test_the_base_model_alone_does_not_know_them(self, base):
+        inner = trained(base).get_base_model()
+        message = r"trains the base model's biases .* Pass the PeftModel itself\."
+        with pytest.raises(AdapterStateError, match=message):
+            tunerkit.get_base_model_state_dict(inner)
+        with pytest.raises(AdapterStateError, match=message):
+            tunerkit.set_base_model_state_dict(inner, Model().state_dict())

@@ -113,6 +113,79 @@ def test_the_outcome_is_that_of_peft(tmp_path):
     assert_close(run(model, TOKENS), run(theirs, TOKENS))
 
 
+class TwoLinears(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.low, self.high = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.high(torch.tanh(self.low(x)))
+
+
+X = {"x": torch.linspace(-1, 1, 30).reshape(5, 6)}
+
+
+def two_linears(seed, *targets, **settings):
+    torch.manual_seed(0)
+    model = tunerkit.get_peft_model(TwoLinears(), LoraConfig(r=4, target_modules=list(targets), **settings)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    before = run(model, X)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    assert (run(model, X) - before).abs().max() > 1e-3
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"use_dora": True},
+        {"init_lora_weights": False},
+        {"init_lora_weights": False, "use_dora": True},
+    ],
+    ids=str,
+)
+def test_a_layer_without_tensors_has_no_effect_or_the_swap_is_refused(settings, tmp_path):
+    model, other = two_linears(1, "low", "high", **settings), two_linears(2, "high", **settings)
+    folder, before = saved(tmp_path, other)[0], run(model, X)
+    if settings.get("init_lora_weights", True) is False:
+        with pytest.raises(AdapterStateError, match=r"has no tensors for 'low', where the adapter has to be without"):
+            tunerkit.hotswap_adapter(model, folder, "default")
+        assert torch.equal(run(model, X), before)
+    else:
+        tunerkit.hotswap_adapter(model, folder, "default")
+        assert_close(run(model, X), run(other, X))
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_convolution_with_groups_that_has_no_tensors(start, tmp_path):
+    model = adapted(1, 4, 6, groups=2, init_lora_weights=start)
+    other = adapted(2, 4, 3, groups=2, init_lora_weights=start, target_modules=["words", "last"])
+    folder = saved(tmp_path, other)[0]
+    if start:
+        tunerkit.hotswap_adapter(model, folder, "default")
+        assert_close(run(model, TOKENS), run(other, TOKENS))
+    else:
+        with pytest.raises(AdapterStateError, match="has no tensors for 'mix'"):
+            tunerkit.hotswap_adapter(model, folder, "default")
+
+
+def test_embeddings_that_a_checkpoint_holds_are_loaded_as_load_adapter_does(tmp_path):
+    model, other = adapted(1, 4, 6), adapted(2, 4, 3)
+    for net in (model.get_base_model(), other.get_base_model()):
+        net.get_input_embeddings = lambda net=net: net.words
+    with torch.no_grad():
+        other.get_base_model().words.base_layer.weight.normal_()
+    other.save_pretrained(tmp_path, save_embedding_layers=True)
+    tunerkit.hotswap_adapter(model, tmp_path, "default")
+    assert_close(run(model, TOKENS), run(other, TOKENS))
+
+
 def test_training_goes_on_with_the_same_tensors(tmp_path):
     model, other = adapted(1, 4, 6), adapted(2, 4, 3)
     tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]

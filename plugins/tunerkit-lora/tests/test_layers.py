@@ -180,6 +180,37 @@ class TestScale:
             layer.scale_layer(2)
         assert scales(model) == before
 
+    def test_the_whole_dict_can_be_assigned(self, layers):
+        layer, x = layers["linear"], torch.randn(5, 4)
+        plain = layer.base_layer(x)
+        added = layer(x) - plain
+        layer.scaling = {name: scale / 2 for name, scale in layer.scaling.items()}
+        assert dict(layer.scaling) == {"default": 1.5, "other": 2.0}
+        assert torch.allclose(layer(x) - plain, added / 2, atol=1e-6)
+        layer.set_scale("default", 1)
+        assert layer.scaling["default"] == 3.0
+        layer.note = "a name of nobody's"
+        assert layer.note == "a name of nobody's"
+
+    @pytest.mark.parametrize("given", [2.0, {"default": 1.0}, {"default": 1.0, "other": 1.0, "nobody": 1.0}], ids=str)
+    def test_an_assigned_dict_has_a_value_for_each_adapter(self, model, layers, given):
+        before = scales(model)
+        with pytest.raises(ArgumentError) as error:
+            layers["linear"].scaling = given
+        assert str(error.value) == (
+            "'scaling' is an attribute of each adapter, so it takes a dict with a value for each of 'default', "
+            f"'other'; it was given {given!r}. To change one alone set scaling[name]."
+        )
+        assert scales(model) == before
+
+    def test_a_whole_dict_is_refused_while_one_is_merged(self, model, layers):
+        model.set_adapter("other")
+        model.merge_adapter()
+        before = scales(model)
+        with pytest.raises(AdapterStateError, match="The adapter 'other' is merged into 'linear', so changing it"):
+            layers["linear"].scaling = {"default": 1.0, "other": 1.0}
+        assert scales(model) == before
+
     def test_of_a_layer_that_holds_no_adapter_of_it(self, model, layers):
         plain = model.unload()["linear"]
         assert not hasattr(plain, "set_scale")

@@ -300,6 +300,21 @@ def test_swapping_in_place(tmp_path):
     assert_tied(model)
 
 
+def test_swapping_in_tensors_that_were_not_tied_is_refused(tmp_path):
+    model, other = make_model(), make_model()
+    save(other, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors[f"{HEAD}.lora_A.weight"] += 1
+    before = model(**IDS)
+    with pytest.raises(CheckpointError) as error:
+        tunerkit.hotswap_adapter_from_state_dict(model, tensors, "default", other.peft_config["default"])
+    assert f"{HEAD}.lora_A.weight" in str(error.value)
+    assert f"{EMBEDDING}.lora_embedding_B" in str(error.value)
+    assert "are one tensor of the model (ensure_weight_tying=True), and the checkpoint holds two" in str(error.value)
+    assert torch.equal(model(**IDS), before)
+    assert_tied(model)
+
+
 def test_room_for_another_rank_is_refused():
     model = make_model()
     expected = model(**IDS)

@@ -59,6 +59,12 @@ class LoraConvolution(LoraAdapter):
             raise MergeError(msg)
         return super().delta(base)
 
+    def has_effect(self, base: Site) -> bool:
+        """Return whether this adapter changes the layer; see `Adapter.has_effect`."""
+        if self.unfoldable is None:
+            return super().has_effect(base)
+        return any(bool(tensor.any()) for tensor in self.lora_B.parameters())
+
     def along_outputs(self, vector: Tensor) -> Tensor:
         """Return a vector with a number for each channel in a shape that broadcasts to the layer's output."""
         return vector.reshape(-1, *(1 for _ in self.lora_A.weight.shape[2:]))
