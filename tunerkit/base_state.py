@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.errors import AdapterStateError, CheckpointError
+from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer
 from tunerkit.naming import listing
 from tunerkit.tuner import BaseTuner, find_tuner
@@ -19,13 +20,19 @@ if TYPE_CHECKING:
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state of the base model, under the keys it has without adapters.
 
-    What is merged into its weights is in them.
+    What is merged into its weights is in them. Biases that an adapter trains are the base model's own unless it is
+    merged.
 
     Args:
         model: A `PeftModel`, or a model into which adapters were injected.
     """
-    base = _tuner_of(model).model
-    return {own: value for key, value in base.state_dict().items() if (own := _base_key(base, key)) is not None}
+    tuner = _tuner_of(model)
+    base, biases = tuner.model, tuner.biases
+    state = base.state_dict()
+    if biases.shown and not any(layer.merged for layer in tuner.layers()):
+        kept = {id(parameter): value for parameter, value in zip(biases.parameters(), biases.kept, strict=True)}
+        state.update({key: kept[id(p)] for key, p in base.state_dict(keep_vars=True).items() if id(p) in kept})
+    return {own: value for key, value in state.items() if (own := _base_key(base, key)) is not None}
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
@@ -60,7 +67,12 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         if theirs != ours:
             report.mismatched_keys.append(f"{own} is {_size(theirs)}, the model's {_size(ours)}")
     _refuse(report, strict=strict)
-    base.load_state_dict({known[own]: state_dict[own] for own in report.loaded_keys}, strict=False)
+    with Journal() as journal:
+        biases, shown = tuner.biases, tuner.biases.shown
+        biases.note(journal)
+        biases.show(trained=False)
+        base.load_state_dict({known[own]: state_dict[own] for own in report.loaded_keys}, strict=False)
+        biases.show(trained=shown)
     return report
 
 

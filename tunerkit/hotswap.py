@@ -10,11 +10,15 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from tunerkit._typecheck import fits
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter
+from tunerkit.biases import trained_biases
 from tunerkit.checkpoint.state import PREFIX, Loading, Piece, piece_of
 from tunerkit.config import check_config
+from tunerkit.embeddings import embeddings_to_load
 from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, ConfigError, UnknownAdapterError
 from tunerkit.journal import Journal
 from tunerkit.layer import tuner_layers
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
 
-    import torch
     from torch import Tensor, nn
 
     from tunerkit.config import PeftConfig
@@ -167,6 +170,16 @@ def _layers_to_swap(tuner: BaseTuner, name: str, config: PeftConfig) -> list[tup
         known = sorted({known for layer in tuner.layers() for known in layer.available_adapters})
         msg = f"The model has no adapter {name!r} to swap; it has {listing(known)}. Load one with load_adapter()."
         raise UnknownAdapterError(msg)
+    for whose, settings in (("The adapter to swap in", config), (f"The adapter {name!r}", tuner.peft_config.get(name))):
+        whole = getattr(settings, "modules_to_save", None)
+        biases = None if settings is None else trained_biases(settings)
+        if whole or biases:
+            setting = f"modules_to_save={whole!r}" if whole else f"bias={biases!r}"
+            msg = (
+                f"{whose} has {setting}, and what is trained of the base model itself cannot be swapped. Delete the "
+                "adapter and load the other one."
+            )
+            raise AdapterStateError(msg)
     layers: list[tuple[str, AdaptedLayer]] = []
     for path, layer in found:
         if not isinstance(layer, AdaptedLayer):
@@ -204,7 +217,7 @@ def _filled(
     """Return each layer with the adapter that is to be swapped in there, made beside the model and filled."""
     beside = {path: (layer, _made_beside(tuner, path, layer, name, config, meta=True)) for path, layer in layers}
     pieces = {path: piece_of(path, other, name, PREFIX) for path, (_, other) in beside.items()}
-    tensors = _under_file_keys(state_dict, pieces.values())
+    tensors = _without_embeddings(tuner, name, _under_file_keys(state_dict, pieces.values()))
     loading = Loading(list(pieces.values()), tensors)
     report = loading.report
     missing = set(report.missing_keys)
@@ -214,12 +227,30 @@ def _filled(
             missing.difference_update(keys)
             beside[path] = beside[path][0], _made_beside(tuner, path, beside[path][0], name, config, meta=False)
     report.missing_keys = sorted(missing)
-    report.settle("The adapter to swap in", strict=True)
+    report.settle("The adapter to swap in", strict=True, optional=False)
     if not report.loaded_keys:
         msg = f"None of the tensors to swap in belongs to a layer of the adapter {name!r}."
         raise CheckpointError(msg)
     loading.write()
     return [(layer, other.adapters[name]) for layer, other in beside.values()]
+
+
+def _without_embeddings(tuner: BaseTuner, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors without the embeddings that were saved beside the adapter, which stay as they are.
+
+    Raises:
+        CheckpointError: They are not those of the base model.
+    """
+    for piece in embeddings_to_load(tuner.model, name, PREFIX):
+        for local, own in piece.tensors.items():
+            theirs = tensors.pop(piece.key(local), own)
+            if theirs.shape != own.shape or not torch.equal(theirs.to(own), own):
+                msg = (
+                    f"The adapter to swap in holds other embeddings than the base model has, {piece.key(local)!r}, and "
+                    "these cannot be swapped. Load it with load_adapter(), or save it with save_embedding_layers=False."
+                )
+                raise CheckpointError(msg)
+    return tensors
 
 
 def _made_beside(
@@ -245,6 +276,7 @@ def _made_beside(
         raise AdapterStateError(msg)
     other = AdaptedLayer(layer.bare_site, Owner())
     other.add_adapter(name, made, method_id(str(config.peft_type)))
+    other.cast_up(name)  # so that what the file holds is not rounded on the way
     return other
 
 
