@@ -14,12 +14,12 @@ from pathlib import Path
 import pluggy
 import pytest
 import torch
-import tunerkit_ia3
-import tunerkit_lora
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 import tunerkit
+import tunerkit_ia3
+import tunerkit_lora
 from tunerkit import BaseTunerLayer, Method, PeftConfig, PeftModel, get_peft_model, hookimpl, plugins, register
 from tunerkit.adapter import Adapter, Part
 from tunerkit.layer import tuner_layers
@@ -233,13 +233,19 @@ def make_biased(*active):
     return model
 
 
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+
+
 class Deep(nn.Module):
     """Layers that can be repeated, between an embedding and an output layer that are tied."""
 
     def __init__(self):
         super().__init__()
         self.words = nn.Embedding(5, 3)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Tanh(), nn.Linear(3, 3)) for _ in range(2))
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
         self.head = nn.Linear(3, 5, bias=False)
         self.head.weight = self.words.weight
         self.config = types.SimpleNamespace(num_hidden_layers=2)
@@ -250,9 +256,9 @@ def make_deep():
     return Deep()
 
 
-REPEATED = LoraConfig(target_modules=["1"], r=2, layer_replication=[(0, 2), (1, 2)])
-TIED = LoraConfig(target_modules=["1", "words"], r=2, ensure_weight_tying=True)
-TIED_COPIES = LoraConfig(target_modules=["1"], r=2, modules_to_save=["words"], ensure_weight_tying=True)
+REPEATED = LoraConfig(target_modules=["lin"], r=2, layer_replication=[(0, 2), (1, 2)])
+TIED = LoraConfig(target_modules=["lin", "words"], r=2, ensure_weight_tying=True)
+TIED_COPIES = LoraConfig(target_modules=["lin"], r=2, modules_to_save=["words"], ensure_weight_tying=True)
 
 
 def deep(config, *more):
@@ -282,11 +288,6 @@ def make_pair():
     move(model, "one")
     move(model, "two")
     return model
-
-
-def set_base(model, _):
-    state = {key: value + 1 for key, value in tunerkit.get_base_model_state_dict(model).items()}
-    tunerkit.set_base_model_state_dict(model, state)
 
 
 def merged(model, *names):
@@ -353,7 +354,6 @@ CALLS = {
     "disable biases while merged": (lambda: merged(make_biased()), lambda model, _: model.disable_adapter_layers()),
     "merge with biases": (make_biased, lambda model, _: model.merge_adapter()),
     "unload biases": (lambda: merged(make_biased()), lambda model, _: model.unload()),
-    "set the base below biases": (make_biased, set_base),
     "attach repeated": (make_deep, lambda model, _: get_peft_model(model, REPEATED)),
     "add to repeated": (lambda: deep(REPEATED), lambda model, _: model.add_adapter("new", REPEATED)),
     "delete repeated": (lambda: deep(REPEATED), lambda model, _: model.delete_adapter("one")),
@@ -369,7 +369,6 @@ CALLS = {
     "swap": (make_pair, lambda model, folder: tunerkit.hotswap_adapter(model, folder, "one")),
     "combine": (make_pair, combine),
     "rescale": (make_pair, rescale),
-    "save": (make_adapted, lambda model, folder: model.save_pretrained(folder / "new", selected_adapters=["one"])),
 }
 
 
@@ -493,6 +492,42 @@ def test_failing_at_any_line(name, folder):
 def test_failing_in_place_of_any_operation(name, folder):
     every = fail_at_each(name, folder, Operations, lambda seen: range(len(seen)), 1)
     assert len(every) > 2
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "over another"])
+def test_interrupted_save(there, tmp_path):
+    """The model is what it was, and the folder holds what it held, or all of the new checkpoint."""
+    model, other = make_pair(), make_pair()
+    move(other, "one", seed=9)
+
+    def save(folder):
+        with quiet():
+            model.save_pretrained(folder, selected_adapters=["one"])
+
+    seen = Operations()
+    seen.run(save, tmp_path / "whole")
+    assert {"os.fsync", "Path.open", "Path.replace"} <= set(seen.seen)
+    expected = {name: tunerkit.get_peft_model_state_dict(each, adapter_name="one") for name, each in
+                (("old", other), ("new", model))}  # fmt: skip
+    held = set()
+    for moment in range(len(seen.seen)):
+        folder = tmp_path / str(moment)
+        if there:
+            other.save_pretrained(folder, selected_adapters=["one"])
+        before = snapshot(model)
+        with pytest.raises(KeyboardInterrupt):
+            Operations(moment, KeyboardInterrupt).run(save, folder)
+        assert differences(before, model) == []
+        if there or (folder / "one").exists():
+            found = tunerkit.load_peft_weights(folder / "one")
+            now = [
+                name for name, state in expected.items() if all(torch.equal(found[key], state[key]) for key in state)
+            ]
+            assert len(now) == 1
+            held |= set(now)
+        else:
+            held.add("nothing")
+    assert held == {"old" if there else "nothing", "new"}
 
 
 def fail_at_each(name, folder, fault_kind, choose, stride):

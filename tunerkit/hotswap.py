@@ -23,6 +23,7 @@ from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, 
 from tunerkit.journal import Journal
 from tunerkit.layer import tuner_layers
 from tunerkit.naming import listing, method_id
+from tunerkit.replication import wanted_ranges
 from tunerkit.route import Owner
 from tunerkit.saved import SavedAdapter
 from tunerkit.sites import make_on_meta
@@ -180,6 +181,13 @@ def _layers_to_swap(tuner: BaseTuner, name: str, config: PeftConfig) -> list[tup
                 "adapter and load the other one."
             )
             raise AdapterStateError(msg)
+    if name in tuner.peft_config and wanted_ranges(config) != wanted_ranges(tuner.peft_config[name]):
+        msg = (
+            f"The adapter to swap in has layer_replication={[*wanted_ranges(config)]}, and the adapter {name!r} has "
+            f"layer_replication={[*wanted_ranges(tuner.peft_config[name])]}: they are for different layers. Delete the "
+            "adapter and load the other one."
+        )
+        raise AdapterStateError(msg)
     layers: list[tuple[str, AdaptedLayer]] = []
     for path, layer in found:
         if not isinstance(layer, AdaptedLayer):

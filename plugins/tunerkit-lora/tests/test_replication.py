@@ -292,3 +292,16 @@ class TestRefusals:
         ):
             model.add_adapter("b", lora(ranges=[(0, 3), (0, 3)]))
         assert len(base.layers) == 4
+
+    def test_swapping_in_what_is_for_other_layers(self, base, tmp_path):
+        get_peft_model(base, LoraConfig(target_modules=["lin"])).save_pretrained(tmp_path)
+        model = get_peft_model(Plain().eval(), lora())
+        before = Snapshot.of(model)
+        with pytest.raises(AdapterStateError) as caught:
+            tunerkit.hotswap_adapter(model, tmp_path, "default")
+        assert str(caught.value) == (
+            "The adapter to swap in has layer_replication=[], and the adapter 'default' has "
+            "layer_replication=[(0, 2), (1, 3)]: they are for different layers. Delete the adapter and load the other "
+            "one."
+        )
+        assert before.differences(model) == []
