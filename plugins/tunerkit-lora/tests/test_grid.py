@@ -553,7 +553,28 @@ def refusal(call, first, second=None):
             rescale: dict.fromkeys(("ia3", "ia3 and modules_to_save"), "holds no LoRA adapter"),
         }
         return found.get(call, {}).get(first)
-    return None
+    pair = (first, second)
+    if pair == ("bias='all'", "bias='all'"):
+        return "so only one adapter at a time can"
+    if pair == ("tied targets", "modules_to_save"):
+        return "has adapters already"
+    if call is rows:
+        return "Calls cannot be routed" if "bias='all'" in pair else None
+    if call is together:
+        return "cannot be active together" if pair == ("modules_to_save", "modules_to_save") else None
+    return not_combined(first, second) if call is combine else None
+
+
+def not_combined(first, second):
+    """Return why two adapters cannot be made one, or None if they can."""
+    if second == "ia3":
+        return "is offered by adapters of several methods"
+    if first == "use_dora":
+        return "learns magnitudes (use_dora=True)"
+    for option in (first, second):
+        if option in ("bias='all'", "target_parameters"):
+            return option.partition("=")[0]
+    return "each hold a ModulesToSaveWrapper" if first == second == "modules_to_save" else None
 
 
 @pytest.fixture(autouse=True)
