@@ -111,6 +111,45 @@ def test_what_is_merged_is_in_it(model):
         set_base_model_state_dict(model, state)
 
 
+class TestBiasesThatAreTrained:
+    """The base model's state holds its own biases, whatever is in place; where the adapter is merged, the trained."""
+
+    @pytest.fixture(params=["active", "disabled", "unmerged"])
+    def biased(self, request):
+        model = get_peft_model(Base(), LoraConfig(target_modules=["first"], r=2, bias="all")).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.ones_like(parameter))
+        if request.param == "disabled":
+            model.base_model.disable_adapter_layers()
+        if request.param == "unmerged":
+            model.merge_adapter()
+            model.unmerge_adapter()
+        return model
+
+    def test_are_not_in_it(self, biased):
+        assert equal(get_base_model_state_dict(biased), Base().state_dict())
+
+    def test_stay_when_it_is_set(self, biased):
+        before = {key: value.clone() for key, value in tunerkit.get_peft_model_state_dict(biased).items()}
+        other = Base(seed=1).state_dict()
+        assert set_base_model_state_dict(biased, other).complete
+        assert equal(get_base_model_state_dict(biased), other)
+        assert equal(tunerkit.get_peft_model_state_dict(biased), before)
+        with biased.disable_adapter(), torch.no_grad():
+            assert same_bits(biased(X), Base(seed=1).eval()(X))
+        assert equal(biased.unload().state_dict(), other)
+
+    def test_are_in_it_when_merged(self, biased):
+        biased.base_model.enable_adapter_layers()
+        biased.merge_adapter()
+        loaded = Base().eval()
+        loaded.load_state_dict(get_base_model_state_dict(biased))
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(X), biased(X))
+
+
 class TestWhatDoesNotFit:
     def state(self):
         state = Base(seed=1).state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import types
@@ -10,20 +11,24 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import pluggy
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode, resolve_name
 
 import tunerkit
+import tunerkit_ia3
+import tunerkit_lora
 from tunerkit import BaseTunerLayer, Method, PeftConfig, PeftModel, get_peft_model, hookimpl, plugins, register
 from tunerkit.adapter import Adapter, Part
 from tunerkit.layer import tuner_layers
 from tunerkit.testing.bench import Snapshot, move
 from tunerkit.tuner import find_tuner
 from tunerkit_ia3 import IA3Config
-from tunerkit_lora import LoraConfig
+from tunerkit_lora import LoraConfig, rescale_adapter_scale
 
-HOME = str(Path(tunerkit.__file__).parent)
+HOME = tuple(str(Path(package.__file__).parent) for package in (tunerkit, tunerkit_lora, tunerkit_ia3))
 ERRORS = (RuntimeError, KeyboardInterrupt)
 STRIDE = 1 if os.environ.get("TUNERKIT_FAULTS") == "all" else 3
 """Of the moments of a call every third is tried; with TUNERKIT_FAULTS=all each of them, which takes minutes."""
@@ -49,7 +54,11 @@ def outside_the_tree(model):
             state = {key: dict(value) if isinstance(value, dict) else value for key, value in adapter.__dict__.items()}
             found[path, "adapter", name] = (id(adapter), state)
     tuner = find_tuner(model)
+    config = getattr(model if tuner is None else tuner.model, "config", None)
+    found["config"] = dict(config.__dict__) if isinstance(config, types.SimpleNamespace) else None
     if tuner is not None:
+        found["biases"] = {**vars(tuner.biases), "kept": [tensor.tolist() for tensor in tuner.biases.kept]}
+        found["replication"] = tuner.replication
         found["parts"] = {name: (id(part), part.__dict__.copy()) for name, part in tuner.parts.items()}
     for holder in (model, tuner, None if tuner is None else tuner.model):
         configs = getattr(holder, "peft_config", None) or {}
@@ -80,6 +89,8 @@ def outcome(model):
         "types": {path: (type(module), module.training) for path, module in model.named_modules()},
         "layers": [(layer.active_adapters, layer.merged_adapters) for _, layer in tuner_layers(model)],
         "tuner": None if tuner is None else (tuner.active_adapters, list(tuner.peft_config), tuner.disabled),
+        "biases": None if tuner is None else (tuner.biases.shown, [kept.tolist() for kept in tuner.biases.kept]),
+        "repeated": None if tuner is None else tuner.replication.ranges,
     }
 
 
@@ -210,6 +221,75 @@ def make_whole():
     return model
 
 
+def make_biased(*active):
+    """An adapter that trains all biases, and one that trains none, both moved."""
+    model = get_peft_model(make_base(), LoraConfig(target_modules=["0", "2"], r=2, bias="all"), "one")
+    model.add_adapter("two", lora("0", "3"))
+    move(model, "one")
+    move(model, "two")
+    for number, bias in enumerate(model.base_model.biases.parameters()):
+        bias.data.add_(1 + number)
+    model.set_adapter(list(active or ("one",)))
+    return model
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+
+
+class Deep(nn.Module):
+    """Layers that can be repeated, between an embedding and an output layer that are tied."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(5, 3)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.words.weight
+        self.config = types.SimpleNamespace(num_hidden_layers=2)
+
+
+def make_deep():
+    torch.manual_seed(0)
+    return Deep()
+
+
+REPEATED = LoraConfig(target_modules=["lin"], r=2, layer_replication=[(0, 2), (1, 2)])
+TIED = LoraConfig(target_modules=["lin", "words"], r=2, ensure_weight_tying=True)
+TIED_COPIES = LoraConfig(target_modules=["lin"], r=2, modules_to_save=["words"], ensure_weight_tying=True)
+
+
+def deep(config, *more):
+    """A model with an adapter of a config, and perhaps one of another, both moved."""
+    with quiet():
+        model = get_peft_model(make_deep(), config, "one")
+        for number, other in enumerate(more):
+            model.add_adapter(f"more{number}", other)
+    for name in model.peft_config:
+        move(model, name)
+    return model
+
+
+def combine(model, _):
+    model.add_weighted_adapter(["one", "two"], [0.5, 0.7], "new", combination_type="svd", svd_rank=2)
+
+
+def rescale(model, _):
+    with rescale_adapter_scale(model, 0.5):
+        model(torch.ones(2, 3))
+
+
+def make_pair():
+    """Two adapters that can be combined."""
+    model = get_peft_model(make_base(), lora(), "one")
+    model.add_adapter("two", lora("0", "3"))
+    move(model, "one")
+    move(model, "two")
+    return model
+
+
 def merged(model, *names):
     model.merge_adapter(list(names) or None)
     return model
@@ -261,6 +341,34 @@ CALLS = {
     "unmerge by hand": (lambda: by_hand(merge=True), lambda model, _: model.unmerge_adapter()),
     "unload": (make_adapted, lambda model, _: model.unload()),
     "unload while merged": (lambda: merged(make_adapted("one", "two")), lambda model, _: model.unload()),
+    "attach with biases": (
+        make_base,
+        lambda model, _: get_peft_model(model, LoraConfig(target_modules=["0"], r=2, bias="all")),
+    ),
+    "add beside biases": (make_biased, lambda model, _: model.add_adapter("new", whole("1"))),
+    "set away from biases": (make_biased, lambda model, _: model.set_adapter("two")),
+    "set biases": (lambda: make_biased("two"), lambda model, _: model.set_adapter(["one", "two"])),
+    "train biases": (make_biased, lambda model, _: model.set_requires_grad("one", requires_grad=False)),
+    "delete biases": (make_biased, lambda model, _: model.delete_adapter("one")),
+    "disable biases": (make_biased, lambda model, _: model.disable_adapter_layers()),
+    "disable biases while merged": (lambda: merged(make_biased()), lambda model, _: model.disable_adapter_layers()),
+    "merge with biases": (make_biased, lambda model, _: model.merge_adapter()),
+    "unload biases": (lambda: merged(make_biased()), lambda model, _: model.unload()),
+    "attach repeated": (make_deep, lambda model, _: get_peft_model(model, REPEATED)),
+    "add to repeated": (lambda: deep(REPEATED), lambda model, _: model.add_adapter("new", REPEATED)),
+    "delete repeated": (lambda: deep(REPEATED), lambda model, _: model.delete_adapter("one")),
+    "unload repeated": (lambda: merged(deep(REPEATED)), lambda model, _: model.unload()),
+    "inject repeated": (make_deep, lambda model, _: tunerkit.inject_adapter_in_model(REPEATED, model)),
+    "attach tied": (make_deep, lambda model, _: get_peft_model(model, TIED)),
+    "merge tied": (lambda: deep(TIED), lambda model, _: model.merge_adapter()),
+    "unload tied": (lambda: merged(deep(TIED)), lambda model, _: model.unload()),
+    "attach with tied copies": (make_deep, lambda model, _: get_peft_model(model, TIED_COPIES)),
+    "add with tied copies": (lambda: deep(TIED_COPIES), lambda model, _: model.add_adapter("new", TIED_COPIES)),
+    "set tied copies": (lambda: deep(TIED_COPIES, TIED_COPIES), lambda model, _: model.set_adapter("more0")),
+    "delete tied copies": (lambda: deep(TIED_COPIES, TIED_COPIES), lambda model, _: model.delete_adapter("one")),
+    "swap": (make_pair, lambda model, folder: tunerkit.hotswap_adapter(model, folder, "one")),
+    "combine": (make_pair, combine),
+    "rescale": (make_pair, rescale),
 }
 
 
@@ -310,6 +418,61 @@ class Lines:
             torch.set_grad_enabled(True)
 
 
+class Operations(TorchFunctionMode):
+    """Sees every operation of a call, whoever calls it and how often, and raises in place of one of them.
+
+    An operation is one of torch's on a tensor, a tensor or a module that becomes part of a module, an attribute of a
+    module that is set, a hook that is called, and a change to a file or folder.
+    """
+
+    SEEN = (
+        (nn.Module, "__setattr__"),
+        (nn.Module, "__delattr__"),
+        (nn.Module, "register_parameter"),
+        (nn.Module, "register_buffer"),
+        (nn.Module, "add_module"),
+        (nn.Module, "requires_grad_"),
+        (nn.Module, "train"),
+        (pluggy.HookCaller, "__call__"),
+        (os, "fsync"),
+        (Path, "open"),
+        (Path, "mkdir"),
+        (Path, "replace"),
+        (Path, "rename"),
+        (Path, "unlink"),
+    )
+
+    def __init__(self, number=None, error=None):
+        super().__init__()
+        self.number = number
+        self.error = error
+        self.seen = []
+
+    def count(self, name):
+        self.seen.append(name)
+        if len(self.seen) - 1 == self.number:
+            raise self.error("on purpose")
+
+    def __torch_function__(self, operation, _types, arguments=(), keywords=None):
+        self.count(resolve_name(operation) or str(operation))
+        return operation(*arguments, **(keywords or {}))
+
+    def counted(self, name, function):
+        @functools.wraps(function)
+        def counting(*arguments, **keywords):
+            self.count(name)
+            return function(*arguments, **keywords)
+
+        return counting
+
+    def run(self, call, *arguments):
+        torch.manual_seed(1)
+        with pytest.MonkeyPatch.context() as patch, self:
+            for owner, name in self.SEEN:
+                patch.setattr(owner, name, self.counted(f"{owner.__name__}.{name}", getattr(owner, name)))
+            return call(*arguments)
+
+
 def moments(lines):
     """Return the first and the last time that each line is reached."""
     first, last = {}, {}
@@ -321,16 +484,66 @@ def moments(lines):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_failing_at_any_line(name, folder):
+    every = fail_at_each(name, folder, Lines, moments, STRIDE)
+    assert len(every) > 20
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_failing_in_place_of_any_operation(name, folder):
+    every = fail_at_each(name, folder, Operations, lambda seen: range(len(seen)), 1)
+    assert len(every) > 2
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "over another"])
+def test_interrupted_save(there, tmp_path):
+    """The model is what it was, and the folder holds what it held, or all of the new checkpoint."""
+    model, other = make_pair(), make_pair()
+    move(other, "one", seed=9)
+
+    def save(folder):
+        with quiet():
+            model.save_pretrained(folder, selected_adapters=["one"])
+
+    if there:
+        other.save_pretrained(tmp_path / "whole", selected_adapters=["one"])
+    seen = Operations()
+    seen.run(save, tmp_path / "whole")
+    assert {"os.fsync", "Path.open", "Path.replace"} <= set(seen.seen)
+    expected = {name: tunerkit.get_peft_model_state_dict(each, adapter_name="one") for name, each in
+                (("old", other), ("new", model))}  # fmt: skip
+    held = set()
+    for moment in range(len(seen.seen)):
+        folder = tmp_path / str(moment)
+        if there:
+            other.save_pretrained(folder, selected_adapters=["one"])
+        before = snapshot(model)
+        with pytest.raises(KeyboardInterrupt):
+            Operations(moment, KeyboardInterrupt).run(save, folder)
+        assert differences(before, model) == []
+        if there or (folder / "one").exists():
+            found = tunerkit.load_peft_weights(folder / "one")
+            now = [
+                name for name, state in expected.items() if all(torch.equal(found[key], state[key]) for key in state)
+            ]
+            assert len(now) == 1
+            held |= set(now)
+        else:
+            held.add("nothing")
+    assert held == {"old" if there else "nothing", "new"}
+
+
+def fail_at_each(name, folder, fault_kind, choose, stride):
+    """Let a call fail at each of its moments, check the model after each, and return all that was seen."""
     make, call = CALLS[name]
     with quiet():
-        Lines().run(call, make(), folder)  # what is cached the first time takes other lines
-        whole, lines = make(), Lines()
-        lines.run(call, whole, folder)
+        fault_kind().run(call, make(), folder)  # what is cached the first time takes other lines
+        whole, seen = make(), fault_kind()
+        seen.run(call, whole, folder)
         complete, completed = outcome(whole), 0
-        for turn, moment in enumerate(moments(lines.seen)[::STRIDE]):
+        for turn, moment in enumerate(choose(seen.seen)[::stride]):
             model = make()
             before = snapshot(model)
-            fault = Lines(moment, ERRORS[turn % 2])
+            fault = fault_kind(moment, ERRORS[turn % 2])
             try:
                 fault.run(call, model, folder)
             except ERRORS as error:
@@ -341,9 +554,9 @@ def test_failing_at_any_line(name, folder):
             changed = differences(before, model)
             if changed:
                 # The last step of all, which ends the call, is taken or not.
-                assert outcome(model) == complete, (fault.seen[-1], changed)
+                assert outcome(model) == complete, (fault.seen[moment], changed)
                 completed += 1
-        assert len(lines.seen) > 20
         assert completed <= 12, (
             "a call that is interrupted after its last step is done; that is a moment, not a stretch"
         )
+    return seen.seen

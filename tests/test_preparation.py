@@ -79,6 +79,15 @@ class TestGradientCheckpointing:
             with pytest.raises(RuntimeError, match="does not require grad"):
                 gradients(model)
 
+    def test_nothing_stays_hooked(self):
+        base = make_llama()
+        enable(base)
+        for _ in range(2):
+            model = get_peft_model(base, lora())
+            assert len(base.get_input_embeddings()._forward_hooks) == 1
+            model.unload()
+            assert not base.get_input_embeddings()._forward_hooks
+
     def test_nothing_is_hooked_where_it_is_off(self):
         base = make_llama()
         get_peft_model(base, lora())
@@ -142,6 +151,34 @@ class TestPlainModels:
         assert type(base.lin) is nn.Linear
         assert base.lin.weight.requires_grad
         assert not base.embed._forward_hooks
+
+    def test_the_hook_goes_with_the_last_adapter(self):
+        base = Plain()
+        config = LoraConfig(target_modules=["lin"], r=2)
+        for take_out in ("unload", "merge_and_unload"):
+            model = get_peft_model(base, config)
+            assert len(base.embed._forward_hooks) == 1
+            assert getattr(model, take_out)() is base
+            assert not base.embed._forward_hooks
+        model = get_peft_model(base, config)
+        model.add_adapter("two", config)
+        model.set_adapter("two")
+        model.delete_adapter("default")
+        assert len(base.embed._forward_hooks) == 1
+        copied = copy.deepcopy(model)
+        for each in (model, copied):
+            each.delete_adapter("two")
+            assert not each.get_base_model().embed._forward_hooks
+            each.add_adapter("three", config)
+            assert len(each.get_base_model().embed._forward_hooks) == 1
+
+    def test_hooks_of_others_stay(self):
+        base = Plain()
+        base.embed.register_forward_hook(lambda *_: None)
+        model = get_peft_model(base, LoraConfig(target_modules=["lin"], r=2))
+        base.embed.register_forward_hook(lambda *_: None)
+        model.unload()
+        assert len(base.embed._forward_hooks) == 2
 
     def test_without_embeddings_nothing_happens(self):
         model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(target_modules=["0"], r=2))

@@ -18,7 +18,7 @@ from tunerkit.model_config import config_dict, config_of
 from tunerkit.modules import set_mode
 from tunerkit.names import withdraw
 from tunerkit.naming import closest, given_names, listing
-from tunerkit.replication import Replication
+from tunerkit.replication import REPLICATION, Replication
 from tunerkit.route import Owner
 from tunerkit.targeting import adapted_places
 
@@ -45,6 +45,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         parts: What adapters have once per model, by adapter name.
         biases: The base model's biases that an adapter trains, if one does.
         replication: The base model's layers that are repeated, if any are.
+        hooks: The hooks that the base model got for gradient checkpointing, each with its module.
         owner: Stands for this model in its layers and in routes.
     """
 
@@ -55,6 +56,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     parts: dict[str, Part]
     biases: Biases
     replication: Replication
+    hooks: list[tuple[nn.Module, int]]
     owner: Owner
     _were_trainable: list[nn.Parameter]
     _trained_parts: list[nn.Parameter]
@@ -71,7 +73,8 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             training=model.training,
             parts={},
             biases=Biases(),
-            replication=Replication(),
+            replication=model.__dict__.get(REPLICATION, Replication()),
+            hooks=[],
             owner=owners[0] if owners else Owner(),
             peft_config=model.__dict__.get("peft_config", {}),
             active_adapter=layers[0].active_adapters if layers else [],
@@ -323,14 +326,23 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             set_fast_paths(self.model, journal, disabled=self.disabled)
             if not keep:
                 self.replication.undo(journal)
-            self.replication = Replication()
+            self._leave(journal)
             for parameter in self._were_trainable:
                 parameter.requires_grad_()
-            self.model.__dict__.pop("peft_config", None)
             self.peft_config, self.active_adapter = {}, []
             self.parts.clear()
             withdraw(self, {})
         return self.model
+
+    def _leave(self, journal: Journal) -> None:
+        """Take from the base model what it holds of this tuner beside the layers."""
+        self.replication = Replication()
+        for name in ("peft_config", REPLICATION):
+            self.model.__dict__.pop(name, None)
+        for module, number in self.hooks:
+            journal.note_module(module)
+            module._forward_hooks.pop(number, None)
+        self.hooks = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter can be turned into a low-rank one on all its layers."""

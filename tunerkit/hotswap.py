@@ -25,6 +25,7 @@ from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, 
 from tunerkit.journal import Journal
 from tunerkit.layer import original, tuner_layers
 from tunerkit.naming import PREFIX, listing, method_id
+from tunerkit.replication import wanted_ranges
 from tunerkit.route import Owner
 from tunerkit.saved import SavedAdapter
 from tunerkit.sites import make_on_meta
@@ -172,6 +173,13 @@ def _layers_to_swap(tuner: BaseTuner, name: str, config: PeftConfig) -> list[tup
         known = sorted({known for layer in tuner.layers() for known in layer.available_adapters})
         msg = f"The model has no adapter {name!r} to swap; it has {listing(known)}. Load one with load_adapter()."
         raise UnknownAdapterError(msg)
+    if name in tuner.peft_config and wanted_ranges(config) != wanted_ranges(tuner.peft_config[name]):
+        msg = (
+            f"The adapter to swap in has layer_replication={[*wanted_ranges(config)]}, and the adapter {name!r} has "
+            f"layer_replication={[*wanted_ranges(tuner.peft_config[name])]}: they are for different layers. Delete the "
+            "adapter and load the other one."
+        )
+        raise AdapterStateError(msg)
     layers: list[tuple[str, AdaptedLayer]] = []
     for path, layer in found:
         if isinstance(layer, CopiedModule):
@@ -266,7 +274,7 @@ def _filled(
             beside[path] = layer, _made_beside(tuner, path, layer, name, config, meta=False)
             _check_without_effect(path, layer, beside[path][1].adapters[name])
     report.missing_keys = sorted(missing)
-    report.settle("The adapter to swap in", strict=True)
+    report.settle("The adapter to swap in", strict=True, optional=False)
     if not report.loaded_keys:
         msg = f"None of the tensors to swap in belongs to a layer of the adapter {name!r}."
         raise CheckpointError(msg)
@@ -307,6 +315,7 @@ def _made_beside(
         raise AdapterStateError(msg)
     other = AdaptedLayer(layer.bare_site, Owner())
     other.add_adapter(name, made, method_id(str(config.peft_type)))
+    other.cast_up(name)  # so that what the file holds is not rounded on the way
     return other
 
 

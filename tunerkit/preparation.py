@@ -60,6 +60,11 @@ def _require_gradient(_module: nn.Module, _inputs: Any, output: torch.Tensor) ->
     output.requires_grad_()
 
 
+def forward_hooks(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """Return the forward hooks of a model's modules: each module with the number that torch gave to the hook."""
+    return [(module, number) for module in model.modules() for number in module._forward_hooks]
+
+
 def checkpoints_gradients(model: nn.Module) -> bool:
     """Return whether a model's blocks are checkpointed; one that does not say may be, as in PEFT."""
     for flag in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # the first is transformers 5's name

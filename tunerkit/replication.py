@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Ranges = tuple[tuple[int, int], ...]
 
+REPLICATION = "_tunerkit_replication"
+"""Under what attribute the base model holds its `Replication`: where adapters are injected, no tuner stays."""
+
 
 def wanted_ranges(config: PeftConfig) -> Ranges:
     """Return the ranges of layers that a config repeats; none if it repeats nothing."""

@@ -20,7 +20,7 @@ from tunerkit.modules import modules_in
 from tunerkit.names import RESERVED_NAMES
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
-from tunerkit.preparation import checkpoints_gradients, prepare_model_for_gradient_checkpointing
+from tunerkit.preparation import checkpoints_gradients, forward_hooks, prepare_model_for_gradient_checkpointing
 from tunerkit.saved import SavedAdapter, config_to_save, metadata, refuse_offload, write_model_card
 from tunerkit.standalone import standalone
 from tunerkit.tuner import BaseTuner
@@ -84,8 +84,7 @@ class StoredModel(nn.Module):
             tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             self.base_model = tuner
             self.training = tuner.training
-            if checkpoints_gradients(model):
-                prepare_model_for_gradient_checkpointing(model)
+            self._prepare_if_checkpointed()
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -112,7 +111,14 @@ class StoredModel(nn.Module):
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Let gradients flow through checkpointed blocks; see `tunerkit.preparation`. Done at attaching if they are."""
+        before = forward_hooks(model)
         prepare_model_for_gradient_checkpointing(model)
+        self.base_model.hooks += [hook for hook in forward_hooks(model) if hook not in before]
+
+    def _prepare_if_checkpointed(self) -> None:
+        model = self.get_base_model()
+        if checkpoints_gradients(model):
+            self.prepare_model_for_gradient_checkpointing(model)
 
     _prepare_model_for_gradient_checkpointing = prepare_model_for_gradient_checkpointing
 
@@ -144,6 +150,7 @@ class StoredModel(nn.Module):
             raise AdapterNameError(msg)
         with Journal() as journal:
             journal.note_module(tuner)
+            first = not tuner.peft_config
             tuner.peft_config[adapter_name] = self._with_heads(check_config(peft_config))
             tuner.inject_adapter(
                 tuner.model,
@@ -151,6 +158,8 @@ class StoredModel(nn.Module):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
+            if first:
+                self._prepare_if_checkpointed()
 
     def save_pretrained(
         self,

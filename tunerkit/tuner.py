@@ -27,7 +27,7 @@ from tunerkit.modules_to_save import put_copies, tied_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
 from tunerkit.plan import Plan, make_plan
-from tunerkit.replication import Replication, wanted_ranges
+from tunerkit.replication import REPLICATION, Replication, wanted_ranges
 from tunerkit.routed_model import RoutedModel
 
 if TYPE_CHECKING:
@@ -185,6 +185,7 @@ class BaseTuner(HookCalls, RoutedModel):
             if self.replication.repeats_more(wanted_ranges(config), model):
                 self.replication = Replication(model, wanted_ranges(config))
                 self.replication.apply(journal)
+                model.__dict__[REPLICATION] = self.replication
             plan = self.plan(config, state_dict)
             face = self._face_for(config)
             part = self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage)
@@ -295,9 +296,8 @@ class BaseTuner(HookCalls, RoutedModel):
             if self.parts.pop(adapter_name, None) is not None:
                 withdraw(self, self.parts)  # type: ignore[arg-type]
             if not self.peft_config:
-                self.model.__dict__.pop("peft_config", None)
                 self.replication.undo(journal)
-                self.replication = Replication()
+                self._leave(journal)
             if declared_method(type(self)) not in (None, *self.methods):
                 # Python does not ask a class about an object that is of exactly that class.
                 journal.note(object.__setattr__, self, "__class__", type(self))

@@ -15,6 +15,9 @@ from toys.config import ToyConfig
 
 from tunerkit import Method
 from tunerkit.adapter import Adapter, linear
+from tunerkit.config import PeftConfig
+from tunerkit.copied_module import CopiedModule
+from tunerkit.functional import load_peft_weights
 from tunerkit.testing import MethodConformance
 from tunerkit.testing.bench import Bench, Snapshot, first_tensor
 from tunerkit.testing.models import SAMPLES, Recomputed
@@ -432,6 +435,9 @@ NOT_REENTRANT = {"reentrant": False}
         (HoldsALambda, "test_pickle", {}),
         (RemembersOneCall, "test_checkpointing", NOT_REENTRANT),
         (DoesNothing, "test_save_and_load", {}),
+        (ForgetsScale, "test_modules_to_save", {}),
+        (HidesABuffer, "test_modules_to_save", {}),
+        (LeavesSomething, "test_modules_to_save", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
 )
@@ -467,3 +473,63 @@ def test_adapter_without_a_merged_form_must_say_so(tmp_path):
         with pytest.raises(pytest.skip.Exception, match="no merged form: its output is not linear"):
             Case().test_merge_keeps_the_output(bench, safe=False)
         Case().test_merging_without_a_merged_form_is_refused(bench)
+
+
+class TestModulesToSave:
+    """The check finds what would be wrong with the copies, and says where there is nothing to check."""
+
+    @dataclass
+    class Bare(PeftConfig):
+        peft_type: str | None = "TOY_SOUND"
+        target_modules: list[str] | set[str] | str | None = None
+        rank: int = 2
+
+    def run(self, folder, make=Config, adapter=Sound, **attributes):
+        folder.mkdir(exist_ok=True)
+        kind = type("Case", (MethodConformance,), {"config": lambda _: make(), **attributes})
+        config = type(make())
+        with registered(SimpleNamespace(method=Method(config=config, adapter=adapter), Config=config)):
+            kind().test_modules_to_save(Bench(kind(), "linear", folder))
+
+    @pytest.mark.parametrize(
+        ("name", "wrong"),
+        [
+            ("trainable_tensors", lambda *_: iter(())),
+            ("_chosen", lambda *_: None),
+            ("_forward_rows", lambda self, rows, args, kwargs: self._current()(*args, **kwargs)),
+            ("merge_for_good", lambda *_: []),
+            ("add_copy", lambda self, name, memo: self._container.update({name: self.get_base_layer()})),
+            ("_remove", lambda *_: None),
+        ],
+    )
+    def test_finds_what_is_wrong_with_copies(self, name, wrong, tmp_path, monkeypatch):
+        self.run(tmp_path / "right")
+        monkeypatch.setattr(CopiedModule, name, wrong)
+        with pytest.raises((AssertionError, RuntimeError)):
+            self.run(tmp_path / "wrong")
+
+    def test_takes_what_the_config_names(self, tmp_path):
+        self.run(tmp_path, lambda: Config(target_modules=["square", "narrow"], modules_to_save=["wide"]))
+        saved = load_peft_weights(tmp_path / "one")
+        assert {key for key in saved if "toy_" not in key} == {
+            "base_model.model.wide.weight", "base_model.model.wide.bias"
+        }  # fmt: skip
+
+    def test_rows_and_merging_may_be_absent(self, tmp_path, monkeypatch):
+        absent = {"test_rows": "for the test's sake", "test_merge_keeps_the_output": "for the test's sake"}
+        monkeypatch.setattr(CopiedModule, "_forward_rows", None)
+        self.run(tmp_path, adapter=ForgetsScale, absent=absent)
+
+    def test_says_that_rows_are_refused(self, tmp_path):
+        class Crosses(Sound):
+            crosses_rows = "for the test's sake"
+
+        self.run(tmp_path, adapter=Crosses)
+
+    def test_without_the_setting(self, tmp_path):
+        with pytest.raises(pytest.skip.Exception, match="Bare has no modules_to_save"):
+            self.run(tmp_path, self.Bare)
+
+    def test_without_another_module(self, tmp_path):
+        with pytest.raises(pytest.skip.Exception, match="all modules of the model are targeted"):
+            self.run(tmp_path, lambda: Config(target_modules=["wide", "square", "narrow", "head"]))

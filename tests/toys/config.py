@@ -11,4 +11,5 @@ from tunerkit.config import PeftConfig
 class ToyConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
     rank: int = 2

@@ -41,12 +41,13 @@ class LoadReport:
             )
             raise CheckpointError(msg)
 
-    def settle(self, source: str, *, strict: bool) -> None:
+    def settle(self, source: str, *, strict: bool, optional: bool = True) -> None:
         """Raise if anything is missing or left over, or warn if not `strict`; raise in any case if shapes differ.
 
         Args:
             source: What was loaded, for the message.
             strict: Whether missing and unexpected tensors are an error.
+            optional: Whether the caller of the call could say that they are not.
 
         Raises:
             CheckpointError: The checkpoint does not fit.
@@ -62,7 +63,7 @@ class LoadReport:
         fitting = f"{len(self.loaded_keys)} of its tensors do" if self.loaded_keys else "none of its tensors does"
         found = f"{source} does not fit the adapter ({fitting}): {'; '.join(parts)}.{self._shift()}"
         if strict:
-            way = ", or pass strict=False to load what fits" if self.loaded_keys else ""
+            way = ", or pass strict=False to load what fits" if self.loaded_keys and optional else ""
             msg = f"{found} Load it into the base model it was made for{way}."
             raise CheckpointError(msg)
         effects = [

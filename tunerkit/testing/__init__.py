@@ -20,7 +20,10 @@ except ModuleNotFoundError as error:
 
 # So that a failing check shows the values; pytest does it by itself only for an author's own modules.
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{room}" for room in ("bench", "files", "lifecycle", "maths", "merging", "routes", "state"))
+    *(
+        f"{__name__}.{room}"
+        for room in ("bench", "files", "lifecycle", "maths", "merging", "routes", "rows", "state", "wholes")
+    )
 )
 
 from tunerkit.testing.conformance import MethodConformance  # noqa: E402 - only after pytest was told to rewrite

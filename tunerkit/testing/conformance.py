@@ -17,6 +17,7 @@ from tunerkit.testing.models import SAMPLES
 from tunerkit.testing.routes import RouteChecks
 from tunerkit.testing.rows import RowChecks
 from tunerkit.testing.state import StateChecks
+from tunerkit.testing.wholes import WholeModuleChecks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from tunerkit.model import PeftModel
 
 
-class MethodConformance(MathsChecks, MergingChecks, LifecycleChecks, FileChecks, RouteChecks, RowChecks, StateChecks):
+class MethodConformance(
+    MathsChecks, MergingChecks, LifecycleChecks, FileChecks, RouteChecks, RowChecks, StateChecks, WholeModuleChecks
+):
     """Every check that the core relies on, for one method.
 
     An author subclasses it, calls the subclass `Test...`, and defines `config`. Each check is run on every kind of site

@@ -34,11 +34,11 @@ class RowChecks:
         give what `forward` gives. Layers written by hand are not routed.
         """
         model = bench.adapted("one", "two", "three")
-        rows = _rows_of(bench)
-        if _is_refused(model, rows):
+        rows = rows_of(bench)
+        if is_refused(model, rows):
             return
         before = Snapshot.of(model)
-        expected = _of_each(bench, model, rows).detach()
+        expected = of_each(bench, model, rows).detach()
         with torch.no_grad(), model.use_rows(rows):
             found = bench.call(model)
             assert before.differences(model) == []
@@ -57,8 +57,8 @@ class RowChecks:
         To mend: as for `test_rows`; do nothing in place, and keep nothing of one call for the next.
         """
         model = bench.adapted("one", "two", "three").train()
-        rows = _rows_of(bench)
-        if _is_refused(model, rows):
+        rows = rows_of(bench)
+        if is_refused(model, rows):
             return
         expected = _gradients(bench, model, rows, whole=False)
         base = bench.base()
@@ -79,7 +79,7 @@ def _gradients(bench: Bench, model: PeftModel, rows: list[str], *, whole: bool) 
         with model.use_rows(rows):
             output = bench.call(model)
     else:
-        output = _of_each(bench, model, rows)
+        output = of_each(bench, model, rows)
     loss_of(output).backward()  # type: ignore[no-untyped-call]
     found = {
         f"{name}: {key.removeprefix('model.')}": gradient.clone()
@@ -91,13 +91,13 @@ def _gradients(bench: Bench, model: PeftModel, rows: list[str], *, whole: bool) 
     return found
 
 
-def _rows_of(bench: Bench) -> list[str]:
+def rows_of(bench: Bench, names: tuple[str, ...] = _NAMES) -> list[str]:
     """Return a name for each row of the inputs."""
     count = bench.inputs[0].shape[0]
-    return [_NAMES[row % len(_NAMES)] for row in range(count)]
+    return [names[row % len(names)] for row in range(count)]
 
 
-def _of_each(bench: Bench, model: PeftModel, rows: list[str]) -> Tensor:
+def of_each(bench: Bench, model: PeftModel, rows: list[str]) -> Tensor:
     """Return for each row of the batch what its adapter makes of it."""
     outputs: dict[str, Tensor] = {}
     for name in rows:
@@ -107,7 +107,7 @@ def _of_each(bench: Bench, model: PeftModel, rows: list[str]) -> Tensor:
     return torch.stack([outputs[name][row] for row, name in enumerate(rows)])
 
 
-def _is_refused(model: PeftModel, rows: list[str]) -> bool:
+def is_refused(model: PeftModel, rows: list[str]) -> bool:
     """Return whether the method says that rows cannot have adapters of their own; if so, assert that it is refused."""
     reasons = [
         reason

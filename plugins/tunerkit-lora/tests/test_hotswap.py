@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import tunerkit
-from tunerkit.errors import AdapterStateError
+from tunerkit.errors import AdapterStateError, CheckpointError
 from tunerkit.testing.parity import assert_close, peft_config, run
 from tunerkit_lora import LoraConfig
 from tunerkit_lora.ranks import resize_first, resize_second
@@ -221,3 +221,67 @@ def test_groups_keep_their_rows():
     assert wider.tolist() == [[0, 1], [2, 3], [0, 0], [4, 5], [6, 7], [0, 0]]
     assert torch.equal(resize_first(wider, 4, groups=2), factor)
     assert resize_second(factor, 6, groups=2).tolist() == [[0, 1, 0], [2, 3, 0], [4, 5, 0], [6, 7, 0]]
+
+
+def test_embeddings_that_are_saved_beside_it(tmp_path):
+    """They stay as they are, for a swap is of the adapter alone; where they are others, it is refused."""
+
+    class Words(Net):
+        def get_input_embeddings(self):
+            return self.words
+
+    def make(seed):
+        torch.manual_seed(0)
+        model = tunerkit.get_peft_model(Words().eval(), LoraConfig(r=2, target_modules=TARGETS)).eval()
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter)
+        return model
+
+    model, other = make(1), make(2)
+    other.save_pretrained(tmp_path, save_embedding_layers=True)
+    tunerkit.hotswap_adapter(model, tmp_path, "default")
+    assert torch.equal(run(model, TOKENS), run(other, TOKENS))
+    model = make(1)
+    model.get_base_model().words.base_layer.weight.data.add_(1)
+    before = run(model, TOKENS)
+    with pytest.raises(CheckpointError) as caught:
+        tunerkit.hotswap_adapter(model, tmp_path, "default")
+    assert str(caught.value) == (
+        "The adapter to swap in holds other embeddings than the base model has, "
+        "'base_model.model.words.base_layer.weight', and these cannot be swapped. Load it with load_adapter(), or save "
+        "it with save_embedding_layers=False."
+    )
+    assert torch.equal(run(model, TOKENS), before)
+
+
+def test_on_a_base_of_half_precision_the_numbers_are_those_of_the_file(tmp_path):
+    other = adapted(2, 2, 4)
+    [folder] = saved(tmp_path, other)
+    half = tunerkit.PeftModel.from_pretrained(base().bfloat16(), folder, is_trainable=True)
+    for parameter in half.parameters():
+        if parameter.requires_grad:
+            nn.init.zeros_(parameter)
+    tunerkit.hotswap_adapter(half, folder, "default")
+    tensors, expected = map(tunerkit.get_peft_model_state_dict, (half, other))
+    assert all(tensors[key].dtype == torch.float32 for key in expected)
+    assert all(torch.equal(tensors[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"), [({"bias": "all"}, "bias='all'"), ({"modules_to_save": ["last"]}, "modules_to_save=['last']")]
+)
+@pytest.mark.parametrize("whose", ["'default'", "to swap in"])
+def test_what_is_trained_of_the_base_is_not_swapped(setting, text, whose, tmp_path):
+    models = [adapted(number, 2, 4, target_modules=["mix"], **(setting if number else {})) for number in range(2)]
+    model, other = reversed(models) if whose == "'default'" else models
+    other.save_pretrained(tmp_path)
+    before = run(model, TOKENS)
+    with pytest.raises(AdapterStateError) as caught:
+        tunerkit.hotswap_adapter(model, tmp_path, "default")
+    assert str(caught.value) == (
+        f"The adapter {whose} has {text}, and what is trained of the base model itself cannot be swapped. Delete the "
+        "adapter and load the other one."
+    )
+    assert torch.equal(run(model, TOKENS), before)

@@ -240,6 +240,21 @@ def test_where_layers_are_found(name, inputs):
     assert len(getattr(base, name)) == 4
 
 
+def test_injected(base, inputs):
+    before, plain = Snapshot.of(base), run(base, inputs)
+    for _ in range(2):
+        inject_adapter_in_model(lora(), base, "one")
+        inject_adapter_in_model(lora(), base, "two")
+        assert len(base.layers) == 4
+        other = copy.deepcopy(base)
+        for model in (base, other):
+            tunerkit.delete_adapter(model, "one")
+            assert len(model.layers) == 4
+            tunerkit.delete_adapter(model, "two")
+            assert torch.equal(run(model, inputs), plain)
+        assert [line for line in before.differences(base) if "requires_grad" not in line] == []
+
+
 class TestRefusals:
     @pytest.mark.parametrize("ranges", [[(0, 4)], [(-1, 2)], [(2, 2)], [(0, 1), (3, 1)]])
     def test_ranges_beyond_the_layers(self, base, ranges):
@@ -277,3 +292,16 @@ class TestRefusals:
         ):
             model.add_adapter("b", lora(ranges=[(0, 3), (0, 3)]))
         assert len(base.layers) == 4
+
+    def test_swapping_in_what_is_for_other_layers(self, base, tmp_path):
+        get_peft_model(base, LoraConfig(target_modules=["lin"])).save_pretrained(tmp_path)
+        model = get_peft_model(Plain().eval(), lora())
+        before = Snapshot.of(model)
+        with pytest.raises(AdapterStateError) as caught:
+            tunerkit.hotswap_adapter(model, tmp_path, "default")
+        assert str(caught.value) == (
+            "The adapter to swap in has layer_replication=[], and the adapter 'default' has "
+            "layer_replication=[(0, 2), (1, 3)]: they are for different layers. Delete the adapter and load the other "
+            "one."
+        )
+        assert before.differences(model) == []
