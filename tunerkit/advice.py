@@ -33,7 +33,8 @@ def nothing_matched(model: nn.Module, plan: Plan, from_state: bool) -> str:
     wanted = list(plan.entries)
     if not wanted:
         return f"The config targets nothing: set target_modules to names of modules, a pattern, or {ALL_LINEAR!r}."
-    where = "target_modules" if getattr(plan.config, "target_modules", None) else "target_parameters"
+    modules, parameters = (getattr(plan.config, name, None) for name in ("target_modules", "target_parameters"))
+    where = "target_parameters" if parameters and not modules else "target_modules"
     target = f"{where}={_shown(getattr(plan.config, where))}"
     if any(plan.entries.values()) and any(item.reason == "layers_to_transform" for item in plan.decisions):
         settings = {name: getattr(plan.config, name, None) for name in ("layers_to_transform", "layers_pattern")}
