@@ -124,7 +124,6 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield work
         sync_folders([*_folders(work), *(parent.parent for parent in made)])
         _put_in_place(work, out)
-        shutil.rmtree(work, ignore_errors=True)  # what was there before, if anything was
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         for parent in made:
@@ -138,6 +137,8 @@ def new_folder(out: Path) -> Iterator[Path]:
             )
             raise CheckpointError(msg) from error
         raise
+    with contextlib.suppress(OSError):
+        shutil.rmtree(work, ignore_errors=True)  # what was there before, if anything was
 
 
 def _folders(work: Path) -> list[Path]:
@@ -149,14 +150,14 @@ def _put_in_place(work: Path, out: Path) -> None:
     there = out.exists()
     if there:
         _swap(work, out)
-    else:
-        work.replace(out)
     try:
+        if not there:
+            work.replace(out)
         sync_folders([out.parent])
     except BaseException:
         if there:
             _swap(work, out)
-        else:
+        elif out.exists():
             out.replace(work)
         raise
 
@@ -166,13 +167,18 @@ def _swap(one: Path, other: Path) -> None:
     if _exchange(one, other):
         return
     aside = one.with_name(f"{one.name}.old")
-    other.replace(aside)
     try:
+        other.replace(aside)
         one.replace(other)
     except BaseException:
-        aside.replace(other)
+        # The disk knows best how far it came.
+        if aside.exists() and other.exists():
+            other.replace(one)
+        if aside.exists():
+            aside.replace(other)
         raise
-    aside.replace(one)
+    with contextlib.suppress(OSError):  # What was at `other` then keeps a third name, and nothing is lost.
+        aside.replace(one)
 
 
 def _exchange(one: Path, other: Path) -> bool:
