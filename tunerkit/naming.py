@@ -30,7 +30,7 @@ def method_id(name: str) -> str:
         ConfigError: The text is not a spelling of any method's name.
     """
     text = str(name).strip().lower().replace("_", "-").removeprefix("tunerkit-")
-    if not _METHOD_ID.fullmatch(text):
+    if len(text) > _MAX_ADAPTER_NAME or not _METHOD_ID.fullmatch(text):
         msg = f"{shown(name)} is not a method name: use letters, digits and single hyphens."
         raise ConfigError(msg)
     return text

@@ -40,8 +40,8 @@ from tunerkit.errors import (
     UnknownMethodError,
 )
 from tunerkit.offline import merging, skeleton, writing
-from tunerkit.offline.tensor_file import Entry
 from tunerkit.offline.merging import merge_folder
+from tunerkit.offline.tensor_file import Entry
 from tunerkit_lora import LoraConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -112,7 +112,9 @@ def test_a_disk_that_is_full(tmp_path):
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "is a file, and a checkpoint is a folder with two files: choose" in refusal(lambda: save(tmp_path / "file", 1))
+    assert "is a file, and a checkpoint is a folder with two files: choose" in refusal(
+        lambda: save(tmp_path / "file", 1)
+    )
     assert (tmp_path / "file").read_text() == "mine"
 
 
