@@ -1,6 +1,7 @@
 """Every difference from PEFT and every promise that the documentation tells is shown by a test, which it names.
 
-An entry of `docs/differences.md` or `docs/reliability.md` is a point of one of its lists. It ends with a comment that names the tests,
+An entry of `docs/differences.md` or `docs/reliability.md` is a point of one of its lists.
+It ends with a comment that names the tests,
 `<!-- tests: tests/test_model.py::test_something -->`; a test may also be a method, `file::Class::test`.
 """
 

@@ -240,8 +240,11 @@ class Loading:
         if own is None:
             self.report.unexpected_keys.append(key)
         elif value.is_complex() and not own.is_complex():
-            msg = f"{key} holds complex numbers, and the adapter's are {own.dtype}: half of each would be lost."
-            raise CheckpointError(f"{msg} Load a checkpoint that the adapter's method has saved.")
+            msg = (
+                f"{key} holds complex numbers, and the adapter's are {own.dtype}: half of each would be lost. Load a "
+                "checkpoint that the adapter's method has saved."
+            )
+            raise CheckpointError(msg)
         elif own.shape != value.shape:
             note = f"{key} is {tuple(value.shape)}, the adapter's {tuple(own.shape)}"
             self.report.mismatched_keys.append(note)
