@@ -199,9 +199,9 @@ class TestTensors:
     def test_a_pickle_under_another_name(self, folder, good, model, head):
         message = attack(folder, model, good[0], head + b"rest")
         assert message == (
-            f"'{folder / WEIGHTS}' ({len(head) + 4} bytes) is a pickle under another name, and loading a pickle can run "
-            "any code, so it is not read. If you trust it, convert it once: load it where it was made and save it as "
-            "safetensors."
+            f"'{folder / WEIGHTS}' ({len(head) + 4} bytes) is a pickle under another name, and loading a pickle can "
+            "run any code, so it is not read. If you trust it, convert it once: load it where it was made and save it "
+            "as safetensors."
         )
 
     def test_the_length_of_a_header_is_no_pickle(self, folder, good, model):
@@ -215,7 +215,7 @@ class TestTensors:
 
     @pytest.mark.long
     @given(st.data())
-    @settings(deadline=None, max_examples=3000, derandomize=False)
+    @settings(deadline=None, max_examples=500, derandomize=False)
     def test_long_fuzz(self, folder, good, model, data):
         attack(folder, model, good[0], data.draw(broken_tensors(good[1])))
 
@@ -255,7 +255,7 @@ JSON = st.recursive(
     | st.floats()
     | st.text(max_size=9)
     | st.sampled_from(["0", "2", "all-linear", "(", "../x", "LORA", "IA3", "CAUSAL_LM", "lora_only", "gaussian"]),
-    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=3) | st.just("0"), below, max_size=3),
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.sampled_from(["0", "x", "("]), below, max_size=3),
     max_leaves=5,
 )
 KEYS = sorted({item.name for kind in (LoraConfig, IA3Config) for item in dataclasses.fields(kind)} | {"unknown"})
@@ -267,7 +267,8 @@ def nested(depth, start=b"[", end=b"]"):
 
 VALUES = [
     True, 0, -1, 2**62, 2**63, 2**64, 10**400, -(10**400), 0.5, float("nan"), float("inf"), 1e308, "", "x", "../../etc",
-    "a\0b", "(", "\ud800", "x" * 10_000, [], [1], [None], [[]], ["("], [10**400], {}, {"x": 1}, {"(": 1}, {"0": 10**400},
+    "a\0b", "(", "\ud800", "x" * 10_000, [], [1], [None], [[]], ["("], [10**400], {}, {"x": 1}, {"(": 1},
+    {"0": 10**400},
     {"0": 2**62}, {"0": -1}, {"0": None}, {"0": float("nan")}, {"": {}}, {"x": "x" * 10_000},
 ]  # fmt: skip
 
@@ -339,7 +340,7 @@ class TestConfig:
 
     @pytest.mark.long
     @given(st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=4))
-    @settings(deadline=None, max_examples=3000, derandomize=False)
+    @settings(deadline=None, max_examples=500, derandomize=False)
     def test_long_fuzz(self, folder, good, model, values):
         attack(folder, model, json.dumps({**json.loads(good[0]), **values}).encode(), good[1])
 

@@ -239,7 +239,7 @@ class Loading:
         key = piece.key(local)
         if own is None:
             self.report.unexpected_keys.append(key)
-        elif value.is_complex() and not own.is_complex():
+        elif value.dtype.is_complex and not own.dtype.is_complex:
             msg = (
                 f"{key} holds complex numbers, and the adapter's are {own.dtype}: half of each would be lost. Load a "
                 "checkpoint that the adapter's method has saved."
