@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from tunerkit.naming import closest, listing
+from tunerkit.naming import closest, listing, shown
 from tunerkit.targeting import ALL_LINEAR, is_linear, match_name, modules_outside_adapters
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _advice(model: nn.Module, plan: Plan, wanted: list[str], names: list[str]) -
 
 
 def _shown(entries: Collection[str] | str | None) -> str:
-    return repr(entries) if isinstance(entries, str) else f"[{listing(sorted(entries or ()))}]"
+    return shown(entries) if isinstance(entries, str) else f"[{listing(sorted(entries or ()))}]"
 
 
 def closest_to(entry: str, names: list[str]) -> str:
