@@ -229,7 +229,7 @@ class TestFiles:
             lambda data: data[: len(data) // 2],
             lambda data: data[:-1],
             lambda data: struct.pack("<Q", 1 << 40) + data[8:],
-            lambda data: b"PK\x03\x04" + data,
+            lambda data: b"\xff" + data,
         ],
     )
     def test_broken_or_truncated_tensors(self, given, folder, damage):

@@ -25,7 +25,7 @@ FITS = [
     (int, 3),
     (float, 0.5),
     (float, 3),
-    (float, 10**400),
+    (float, 2**63 - 1),
     (str, ""),
     (bool, True),
     (dict, {1: 2}),
@@ -120,8 +120,8 @@ def test_describe(annotation, words):
 
 
 LEAVES = [
-    (int, st.integers()),
-    (float, st.floats(allow_nan=False, allow_infinity=False) | st.integers()),
+    (int, st.integers(-(2**63) + 1, 2**63 - 1)),
+    (float, st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63) + 1, 2**63 - 1)),
     (str, st.text(max_size=3)),
     (bool, st.booleans()),
     (None, st.none()),

@@ -12,6 +12,9 @@ import types
 import typing
 from typing import Any, Literal, Union
 
+_WHOLE = 2**63
+"""JSON's whole numbers have no end, and those of all that counts or computes with a setting do."""
+
 _COLLECTIONS = (list, set, tuple, frozenset)
 
 
@@ -44,8 +47,10 @@ def fits(value: Any, annotation: Any) -> bool:
 def _is_instance(value: Any, kind: type) -> bool:
     if kind in (int, float) and isinstance(value, bool):
         return False
+    if isinstance(value, int) and kind in (int, float):
+        return abs(value) < _WHOLE
     if kind is float:
-        return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+        return isinstance(value, float) and math.isfinite(value)
     return isinstance(value, kind)
 
 

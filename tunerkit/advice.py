@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from tunerkit.naming import closest, listing
+from tunerkit.naming import closest, listing, shown
 from tunerkit.targeting import ALL_LINEAR, is_linear, match_name, modules_outside_adapters
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def nothing_matched(model: nn.Module, plan: Plan, from_state: bool) -> str:
     wanted = list(plan.entries)
     if not wanted:
         return f"The config targets nothing: set target_modules to names of modules, a pattern, or {ALL_LINEAR!r}."
-    where = "target_modules" if getattr(plan.config, "target_modules", None) else "target_parameters"
+    modules, parameters = (getattr(plan.config, name, None) for name in ("target_modules", "target_parameters"))
+    where = "target_parameters" if parameters and not modules else "target_modules"
     target = f"{where}={_shown(getattr(plan.config, where))}"
     if any(plan.entries.values()) and any(item.reason == "layers_to_transform" for item in plan.decisions):
         settings = {name: getattr(plan.config, name, None) for name in ("layers_to_transform", "layers_pattern")}
@@ -81,7 +82,7 @@ def _advice(model: nn.Module, plan: Plan, wanted: list[str], names: list[str]) -
 
 
 def _shown(entries: Collection[str] | str | None) -> str:
-    return repr(entries) if isinstance(entries, str) else f"[{listing(sorted(entries or ()))}]"
+    return shown(entries) if isinstance(entries, str) else f"[{listing(sorted(entries or ()))}]"
 
 
 def closest_to(entry: str, names: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 from tunerkit._typecheck import describe, fits
 from tunerkit.errors import ConfigError, TunerkitError
 from tunerkit.keywords import HUB_KEYWORDS
-from tunerkit.naming import closest, listing, method_id, peft_type_name
+from tunerkit.naming import closest, listing, method_id, peft_type_name, shown
 from tunerkit.peft_types import PeftType, TaskType
 from tunerkit.settings import default_of, is_empty, is_unbuilt, rule_of, setting, unbuilt
 
@@ -93,13 +93,14 @@ class PeftConfig:
             value = getattr(self, item.name)
             where = f"{type(self).__name__}.{item.name}"
             if not fits(value, hints[item.name]):
-                msg = f"{where} must be {describe(hints[item.name])}; it is {value!r} of type {type(value).__name__}."
+                kind = type(value).__name__
+                msg = f"{where} must be {describe(hints[item.name])}; it is {shown(value)} of type {kind}."
                 raise ConfigError(msg)
             rule_of(item).check_range(where, value)
             if is_unbuilt(item, value):
                 msg = (
-                    f"{where}={value!r} is not supported by this version; only its default, {default_of(item)!r}, is. "
-                    "Leave it out, or use the method without that feature."
+                    f"{where}={shown(value)} is not supported by this version; only its default, {default_of(item)!r}, "
+                    "is. Leave it out, or use the method without that feature."
                 )
                 raise ConfigError(msg)
         for name in self._sets:
@@ -114,13 +115,13 @@ class PeftConfig:
         for name, value in (("layers_to_transform", numbers), ("layers_pattern", patterns)):
             if isinstance(targets, str) and value is not None:
                 msg = (
-                    f"{type(self).__name__}.{name}={value!r} narrows a list of names in target_modules, which is the "
-                    f"text {targets!r}. Pass a list, or say in the pattern which layers are meant."
+                    f"{type(self).__name__}.{name}={shown(value)} narrows a list of names in target_modules, which is "
+                    f"the text {shown(targets)}. Pass a list, or say in the pattern which layers are meant."
                 )
                 raise ConfigError(msg)
         if patterns and numbers is None:
             msg = (
-                f"{type(self).__name__}.layers_pattern={patterns!r} is the name before a layer's number and does "
+                f"{type(self).__name__}.layers_pattern={shown(patterns)} is the name before a layer's number and does "
                 "nothing without layers_to_transform. Set that too, or leave both out."
             )
             raise ConfigError(msg)
@@ -128,7 +129,7 @@ class PeftConfig:
     def _settle_types(self) -> None:
         own = next((item.default for item in dataclasses.fields(self) if item.name == "peft_type"), None)
         if own is not None and self.peft_type not in (None, own):
-            msg = f"{type(self).__name__} is the config of {own}; its peft_type cannot be {self.peft_type!r}."
+            msg = f"{type(self).__name__} is the config of {own}; its peft_type cannot be {shown(self.peft_type)}."
             raise ConfigError(msg)
         kind: Any = own if own is not None else self.peft_type
         self.peft_type = PeftType(kind) if isinstance(kind, str) else kind
@@ -136,7 +137,7 @@ class PeftConfig:
             try:
                 self.task_type = TaskType(self.task_type)
             except ValueError:
-                msg = f"task_type={self.task_type!r} is not a task; possible are {listing(TaskType)}."
+                msg = f"task_type={shown(self.task_type)} is not a task; possible are {listing(TaskType)}."
                 raise ConfigError(msg) from None
         if self.peft_version is None:
             self.peft_version = PEFT_FORMAT_VERSION
@@ -238,7 +239,9 @@ class PeftConfig:
             (f.default for f in dataclasses.fields(cls) if f.name == "peft_type"), None
         )
         if not isinstance(kind, str):
-            msg = f"The config names no method: its peft_type is {kind!r}. It must be the type of a method, as text."
+            msg = (
+                f"The config names no method: its peft_type is {shown(kind)}. It must be the type of a method, as text."
+            )
             raise ConfigError(msg)
         return config_class(kind).from_dict(values)
 
@@ -257,18 +260,18 @@ class PeftConfig:
         for key, value in values.items():
             if key in fields and key not in unsaved and is_unbuilt(fields[key], value):
                 msg = (
-                    f"{cls.__name__}.{key}={value!r} is not built in this version, so a checkpoint that was made with "
-                    "it cannot be loaded yet."
+                    f"{cls.__name__}.{key}={shown(value)} is not built in this version, so a checkpoint that was made "
+                    "with it cannot be loaded yet."
                 )
                 raise ConfigError(msg)
         unknown = [key for key, value in values.items() if key not in fields and not is_empty(value)]
         if unknown:
             near = closest(unknown[0], fields, cutoff=0.75)
-            hint = f" Closest to {unknown[0]!r}: {listing(near)}." if near else ""
+            hint = f" Closest to {shown(unknown[0])}: {listing(near)}." if near else ""
             msg = (
-                f"{cls.__name__} does not know {listing(unknown)} (value {values[unknown[0]]!r}), so the adapter would "
-                f"not be what the file describes. {_provider(cls)}.{hint} Upgrade the package, or remove the key if it "
-                "does not matter."
+                f"{cls.__name__} does not know {listing(unknown)} (value {shown(values[unknown[0]])}), so the adapter "
+                f"would not be what the file describes. {_provider(cls)}.{hint} Upgrade the package, or remove the key "
+                "if it does not matter."
             )
             raise ConfigError(msg)
         return cls(**{key: value for key, value in values.items() if key in fields and key not in unsaved})

@@ -21,6 +21,8 @@ COMPILED = "_orig_mod"
 
 _METHOD_ID = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 _MAX_ADAPTER_NAME = 100
+_SHOWN = 200
+_BITS = 64
 
 
 @functools.lru_cache(maxsize=256)
@@ -34,8 +36,8 @@ def method_id(name: str) -> str:
         ConfigError: The text is not a spelling of any method's name.
     """
     text = str(name).strip().lower().replace("_", "-").removeprefix("tunerkit-")
-    if not _METHOD_ID.fullmatch(text):
-        msg = f"{name!r} is not a method name: use letters, digits and single hyphens."
+    if len(text) > _MAX_ADAPTER_NAME or not _METHOD_ID.fullmatch(text):
+        msg = f"{shown(name)} is not a method name: use letters, digits and single hyphens."
         raise ConfigError(msg)
     return text
 
@@ -102,9 +104,17 @@ def closest(name: str, possible: Iterable[str], count: int = 3, cutoff: float = 
 
 def listing(names: Iterable[object], limit: int = 8) -> str:
     """Return names as text for a message: quoted, separated by commas, the rest counted."""
-    items = [repr(str(name)) for name in names]
-    shown = ", ".join(items[:limit]) or "none"
-    return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
+    items = [shown(str(name)) for name in names]
+    text = ", ".join(items[:limit]) or "none"
+    return f"{text} and {len(items) - limit} more" if len(items) > limit else text
+
+
+def shown(value: object) -> str:
+    """Return a value as text for a message, which a file's content must not make longer than anybody reads."""
+    if isinstance(value, int) and value.bit_length() > _BITS:
+        return f"a number of {value.bit_length()} bits, of which {_BITS - 1} fit,"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def given_names(given: object, known: Iterable[str]) -> list[str]:

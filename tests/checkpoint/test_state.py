@@ -288,7 +288,7 @@ class Uncopyable:
     """Looks like a tensor until it is to be copied."""
 
     def __init__(self, tensor):
-        self.shape = tensor.shape
+        self.shape, self.dtype = tensor.shape, tensor.dtype
 
     def to(self, **_):
         raise RuntimeError("on purpose")

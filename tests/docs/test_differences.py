@@ -1,6 +1,7 @@
-"""Every difference from PEFT that the documentation tells is shown by a test, which it names.
+"""Every difference from PEFT and every promise that the documentation tells is shown by a test, which it names.
 
-An entry of `docs/differences.md` is a point of one of its lists. It ends with a comment that names the tests,
+An entry of `docs/differences.md` or `docs/reliability.md` is a point of one of its lists.
+It ends with a comment that names the tests,
 `<!-- tests: tests/test_model.py::test_something -->`; a test may also be a method, `file::Class::test`.
 """
 
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "differences.md"
+PAGES = {name: ROOT / "docs" / f"{name}.md" for name in ("differences", "reliability")}
 ENTRY = re.compile(r"^- (?:.+\n)(?:^ .*\n|^\n(?= ))*", re.MULTILINE)
 TESTS = re.compile(r"<!-- tests: (?P<tests>.+?) -->", re.DOTALL)
 
@@ -43,19 +44,20 @@ def is_there(reference):
     return names[-1].startswith("test_")
 
 
-ENTRIES = entries_of(PAGE.read_text(encoding="utf-8"))
+ENTRIES = {name: entries_of(page.read_text(encoding="utf-8")) for name, page in PAGES.items()}
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=name_of)
+@pytest.mark.parametrize("entry", [entry for entries in ENTRIES.values() for entry in entries], ids=name_of)
 def test_an_entry_names_tests_that_are_there(entry):
     tests = named_in(entry)
     assert tests, "no test shows it"
     assert [test for test in tests if not is_there(test)] == []
 
 
-def test_all_points_are_entries():
-    text = PAGE.read_text(encoding="utf-8")
-    assert len(ENTRIES) == len(re.findall(r"^- ", text, re.MULTILINE)) > 20
+@pytest.mark.parametrize(("name", "least"), [("differences", 20), ("reliability", 10)])
+def test_all_points_are_entries(name, least):
+    text = PAGES[name].read_text(encoding="utf-8")
+    assert len(ENTRIES[name]) == len(re.findall(r"^- ", text, re.MULTILINE)) > least
 
 
 @pytest.mark.parametrize(

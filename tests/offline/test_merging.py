@@ -41,6 +41,7 @@ from tunerkit.errors import (
 )
 from tunerkit.offline import merging, skeleton, writing
 from tunerkit.offline.merging import merge_folder
+from tunerkit.offline.tensor_file import Entry
 from tunerkit_lora import LoraConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -521,14 +522,14 @@ class TestMemory:
             "tie_word_embeddings": True,
         }  # fmt: skip
         (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        matrix = writing.Entry("F32", (width, width), 0, 4 * width**2)
-        vector = writing.Entry("F32", (width,), 0, 4 * width)
+        matrix = Entry("F32", (width, width), 0, 4 * width**2)
+        vector = Entry("F32", (width,), 0, 4 * width)
         layer = "model.layers.0."
         paths = [f"{layer}self_attn.{name}" for name in ALL[:4]]
         entries = {"model.embed_tokens.weight": matrix, **{f"{path}.weight": matrix for path in paths}}
         for name in ALL[4:]:
             shape = (width, 64) if name == "down_proj" else (64, width)
-            entries[f"{layer}mlp.{name}.weight"] = writing.Entry("F32", shape, 0, 4 * 64 * width)
+            entries[f"{layer}mlp.{name}.weight"] = Entry("F32", shape, 0, 4 * 64 * width)
         norms = ["model.norm", f"{layer}input_layernorm", f"{layer}post_attention_layernorm"]
         entries.update({f"{norm}.weight": vector for norm in norms})
         writing.TensorWriter(base / "model.safetensors", entries, {"format": "pt"})

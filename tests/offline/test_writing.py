@@ -63,6 +63,7 @@ class TestNewFolder:
             return rename(self, target)
 
         monkeypatch.setattr(type(out), "replace", fail)
+        monkeypatch.setattr(writing, "_exchange", lambda *_: False)
         with (
             pytest.raises(
                 CheckpointError, match=r"Permission denied, at '.*out'\). What was there before is unchanged"

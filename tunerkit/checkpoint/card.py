@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tunerkit.checkpoint.files import CARD_NAME, temporary
+from tunerkit.checkpoint.folder import check_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +29,7 @@ LIBRARY = "peft"
 
 _HEAD = re.compile(r"\A\ufeff?---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 _KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?:[ \t]+|$)(.*)")
-_COMMENT = re.compile(r"\s+#.*|^#.*")
+_COMMENT = re.compile(r"(?:(?<=\s)|^)#.*")
 _PLAIN = re.compile(r"[A-Za-z][\w./-]*(?::[\w./-]+)*")
 _RESERVED = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 _VERSIONS = "### Framework versions"
@@ -63,6 +64,8 @@ def write_card(folder: Path, card: Card) -> None:
         UnicodeDecodeError: The one that is there is not text in UTF-8.
     """
     path = folder / CARD_NAME
+    if path.exists():
+        check_file(path)
     old = path.read_bytes().decode() if path.exists() else None
     # Windows' line ends are kept as they are; inside they would be in everybody's way.
     newline = "\r\n" if old is not None and "\r\n" in old else "\n"
@@ -172,6 +175,8 @@ def _with_items(head: list[str], key: str, items: tuple[str, ...]) -> list[str]:
     if not new:
         return head
     content = _content(head, key)
+    if content.startswith("[") and not any("]" in line for line in block):
+        return head  # broken as it is, and its author's to mend
     if content.startswith("["):
         return [*head[:start], *_with_flow_items(block, new), *head[end:]]
     dash = next((line for line in block[1:] if line.lstrip().startswith("-")), None)

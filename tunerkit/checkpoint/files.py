@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from tunerkit.checkpoint.folder import check_folder, entries_of, unreadable
+from tunerkit.checkpoint.folder import check_file, check_folder, entries_of, unreadable
+from tunerkit.checkpoint.header import broken, check_unique, unique_keys, what_it_is
 from tunerkit.errors import CheckpointError, CheckpointNotFoundError
 from tunerkit.naming import listing
 
@@ -40,7 +40,7 @@ TEMPORARY = re.compile(
 )
 """What the names of a save's temporaries look like; the group is the save's id."""
 
-_PICKLE_NAME = "adapter_model.bin"
+_PICKLE_NAMES = [f"adapter_model{ending}" for ending in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
 _OTHER_FILES = {
     "model.safetensors",
     "model.safetensors.index.json",
@@ -50,7 +50,11 @@ _OTHER_FILES = {
 }
 """What a whole model, or a trainer's checkpoint of one, has among its files."""
 
-_LFS_POINTER = b"version https://git-lfs"
+_LARGEST_CONFIG = 16 << 20
+"""Bytes. The config of an adapter that names every module of a large model has a tenth of it."""
+
+_DEEPEST_CONFIG = 50
+"""How deep a config may be nested, as when it is saved: what copies it goes down as deep."""
 
 
 class Checkpoint(NamedTuple):
@@ -72,7 +76,7 @@ def read_checkpoint(folder: str | os.PathLike[str], device: str | torch.device =
     while True:
         with _opened_weights(path) as file:
             metadata = file.metadata() or {}
-            tensors = _tensors(file)
+            tensors = _tensors(path, file)
         config = read_config(path)
         # A save that came in between changed the id, and the config may be the newer one's.
         if read_metadata(path).get(SAVE_ID_KEY) == metadata.get(SAVE_ID_KEY):
@@ -105,16 +109,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return what a config's file holds, whatever its name.
 
     Raises:
-        CheckpointError: The file cannot be read, is not JSON in UTF-8, holds a key twice, or holds no JSON object.
+        CheckpointError: The file cannot be read, is not JSON in UTF-8, holds a key twice, holds no JSON object, or is
+            larger or deeper than any config of an adapter.
         CheckpointNotFoundError: The file is not there.
     """
     try:
-        data = path.read_bytes()
+        check_file(path)
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= _LARGEST_CONFIG else None
     except FileNotFoundError as error:
         msg = f"There is no file '{path}'. Check the path."
         raise CheckpointNotFoundError(msg) from error
     except OSError as error:
         raise CheckpointError(unreadable(path, error)) from error
+    if data is None:
+        msg = f"'{path}' ({size} bytes) is too large for the config of an adapter. Fetch or save the checkpoint again."
+        raise CheckpointError(msg)
     return _parse(path, data)
 
 
@@ -131,8 +141,9 @@ def read_tensors(folder: str | os.PathLike[str], device: str | torch.device = "c
         CheckpointError: The file is truncated, damaged or no safetensors file, or there is only a pickled one.
         CheckpointNotFoundError: The folder or the file is not there.
     """
-    with _opened_weights(check_folder(folder)) as file:
-        tensors = _tensors(file)
+    path = check_folder(folder)
+    with _opened_weights(path) as file:
+        tensors = _tensors(path, file)
     # Moved out here, so that a device that is not there is not taken for a damaged file.
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -160,6 +171,7 @@ def temporary(name: str, save_id: str) -> str:
 def saved_id(folder: Path) -> str | None:
     """Return the id of the save that wrote the tensors in `folder`; none if they carry none or cannot be read."""
     try:
+        check_file(folder / WEIGHTS_NAME)
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
             save_id = (file.metadata() or {}).get(SAVE_ID_KEY, "")
     except (OSError, SafetensorError):
@@ -187,14 +199,21 @@ def _pending_config(folder: Path) -> Path | None:
     return pending if save_id and pending.exists() else None
 
 
-def _tensors(file: Any) -> dict[str, torch.Tensor]:
-    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the opened file is no mapping
+def _tensors(folder: Path, file: Any) -> dict[str, torch.Tensor]:
+    names = file.keys()
+    check_unique(folder / WEIGHTS_NAME, len(names))
+    try:
+        return {name: file.get_tensor(name) for name in names}
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        # A header that safetensors accepts may still say what torch cannot make: a dtype it lacks, a size too large.
+        raise CheckpointError(broken(folder / WEIGHTS_NAME, error)) from error
 
 
 @contextlib.contextmanager
 def _opened_weights(folder: Path) -> Iterator[Any]:
     path = folder / WEIGHTS_NAME
     try:
+        check_file(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError as error:
@@ -202,22 +221,18 @@ def _opened_weights(folder: Path) -> Iterator[Any]:
     except OSError as error:
         raise CheckpointError(unreadable(path, error)) from error
     except SafetensorError as error:
-        with path.open("rb") as raw:
-            _check_head(path, raw.read(len(_LFS_POINTER)))
-        msg = (
-            f"'{path}' ({path.stat().st_size} bytes) is not a whole safetensors file ({error}). Most likely a download "
-            "or a copy was cut short: fetch or save the checkpoint again."
-        )
-        raise CheckpointError(msg) from error
+        raise CheckpointError(broken(path, error)) from error
 
 
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
-    _check_head(path, data)
+    if other := what_it_is(path, data, len(data)):
+        raise CheckpointError(other)
     what = f"'{path}' ({len(data)} bytes)"
     mend = "Mend the file, or fetch or save the checkpoint again."
+    deep = f"{what} is nested too deeply for the config of an adapter. {mend}"
     try:
         # With "-sig": some editors put a byte order mark in front when a config is edited by hand.
-        config = json.loads(data.decode("utf-8-sig"), object_pairs_hook=partial(_unique_keys, what))
+        config = json.loads(data.decode("utf-8-sig"), object_pairs_hook=partial(unique_keys, what))
     except CheckpointError:
         raise
     except UnicodeDecodeError as error:
@@ -227,8 +242,7 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
         msg = f"{what} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}. {mend}"
         raise CheckpointError(msg) from error
     except RecursionError as error:
-        msg = f"{what} is nested too deeply for the config of an adapter. {mend}"
-        raise CheckpointError(msg) from error
+        raise CheckpointError(deep) from error
     except ValueError as error:
         msg = f"{what} holds a value that cannot be read ({error}). {mend}"
         raise CheckpointError(msg) from error
@@ -236,38 +250,26 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
         found = type(config).__name__
         msg = f'{what} holds a JSON value of type {found}, and a config is an object: {{"peft_type": ...}}. {mend}'
         raise CheckpointError(msg)
+    if _depth(config) > _DEEPEST_CONFIG:
+        raise CheckpointError(deep)
     return config
 
 
-def _unique_keys(what: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    config = dict(pairs)
-    if len(config) < len(pairs):
-        doubled = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        msg = f"{what} holds more than once: {listing(doubled)}. Which value counts is not clear: keep one of each."
-        raise CheckpointError(msg)
-    return config
-
-
-def _check_head(path: Path, head: bytes) -> None:
-    if not head:
-        msg = (
-            f"'{path}' is empty (0 bytes). Most likely a copy was cut short or the disk was full: fetch or save the "
-            "checkpoint again."
-        )
-        raise CheckpointError(msg)
-    if head.startswith(_LFS_POINTER):
-        msg = (
-            f"'{path}' ({path.stat().st_size} bytes) is a pointer of Git LFS, not the file itself: run `git lfs pull` "
-            "in the repository it comes from, or download the file."
-        )
-        raise CheckpointError(msg)
+def _depth(value: Any) -> int:
+    """Return how many lists and objects lie in one another at most, counted without going down by calls."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        depth += 1
+        level = [item for held in level for item in (held.values() if isinstance(held, dict) else held)]
+    return depth
 
 
 def _missing_file(folder: Path, name: str) -> str:
     entries = entries_of(folder)
-    if name == WEIGHTS_NAME and _PICKLE_NAME in entries:
+    pickles = [entry for entry in _PICKLE_NAMES if entry in entries]
+    if name == WEIGHTS_NAME and pickles:
         return (
-            f"'{folder}' holds its tensors as '{_PICKLE_NAME}', a pickle, and loading a pickle can run any code, so "
+            f"'{folder}' holds its tensors as '{pickles[0]}', a pickle, and loading a pickle can run any code, so "
             f"tunerkit reads '{WEIGHTS_NAME}' only. If you trust the file, convert it once: load the checkpoint with "
             "PEFT and write it again with PEFT's `save_pretrained`, which saves safetensors by default."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -54,6 +55,15 @@ def as_path(folder: object) -> Path:
         msg = f"{text!r} is not the path of a checkpoint's folder; for the current folder pass '.'."
         raise CheckpointError(msg)
     return Path(text)
+
+
+def check_file(path: Path) -> None:
+    """Raise `OSError` unless a path leads to a regular file: a pipe or a device could be read for ever."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
 def entries_of(folder: Path) -> list[str]:

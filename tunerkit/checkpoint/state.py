@@ -249,6 +249,12 @@ class Loading:
         key = piece.key(local)
         if own is None:
             self.report.unexpected_keys.append(key)
+        elif value.dtype.is_complex and not own.dtype.is_complex:
+            msg = (
+                f"{key} holds complex numbers, and the adapter's are {own.dtype}: half of each would be lost. Load a "
+                "checkpoint that the adapter's method has saved."
+            )
+            raise CheckpointError(msg)
         elif own.shape != value.shape:
             note = f"{key} is {tuple(value.shape)}, the adapter's {tuple(own.shape)}"
             self.report.mismatched_keys.append(note)

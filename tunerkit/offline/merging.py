@@ -106,8 +106,9 @@ def merge_folder(
     with new_folder(out) as work:
         merging = _Merging(folder, becoming, work, on_bytes)
         merging.run()
-        _write_configs(folder, becoming, work)
         _copy(folder.path, kept, work)
+        # Last, because a folder without it is no model to anybody: what a kill leaves is not taken for one.
+        _write_configs(folder, becoming, work)
     return MergeReport(
         base=str(base),
         adapter=str(adapter),
@@ -265,7 +266,11 @@ def _copy(folder: Path, names: list[Path], work: Path) -> None:
 
 def _check_apart(out: Path, *sources: Path) -> None:
     """Raise `CheckpointError` if what is to be written would replace, or lie in, what is to be read."""
-    target = out.resolve()
+    try:
+        target = out.resolve()
+    except (OSError, RuntimeError) as error:  # Python before 3.13 raises RuntimeError for links in a circle.
+        msg = f"'{out}' cannot be written to ({error}). Choose another path with --out."
+        raise CheckpointError(msg) from error
     for source in (source.resolve() for source in sources):
         if target == source or target in source.parents or source in target.parents:
             msg = f"--out '{out}' and '{source}' are one folder, or one lies in the other. Write to a folder apart."

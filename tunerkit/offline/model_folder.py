@@ -126,7 +126,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(unreadable(path, error)) from error
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         msg = f"'{path}' is not valid JSON in UTF-8: {error}. Fetch or save the model again."
         raise CheckpointError(msg) from error
     if not isinstance(values, dict):

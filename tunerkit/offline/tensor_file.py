@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,17 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tunerkit.checkpoint.folder import unreadable
+from tunerkit.checkpoint.folder import check_file, unreadable
+from tunerkit.checkpoint.header import METADATA, broken, read_header
 from tunerkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-HEADER_SIZE = 8
-"""The bytes before the header, which hold its length, little-endian."""
-
-METADATA = "__metadata__"
 CHUNK = 4 << 20
 """How many bytes are copied at once."""
 
@@ -84,21 +80,20 @@ class TensorFile:
             CheckpointError: The file cannot be read, is cut short, or is no safetensors file.
         """
         try:
+            check_file(path)
             with safe_open(path, framework="pt"):  # checks the header against the file's size
                 pass
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(HEADER_SIZE), "little")
-                header = json.loads(file.read(length))
+            header, start = read_header(path)
         except OSError as error:
             raise CheckpointError(unreadable(path, error)) from error
         except SafetensorError as error:
-            raise CheckpointError(_broken(path, error)) from error
+            raise CheckpointError(broken(path, error)) from error
         metadata = header.pop(METADATA, None) or {}
         entries = {
             key: Entry(
                 dtype=item["dtype"],
                 shape=tuple(item["shape"]),
-                start=HEADER_SIZE + length + item["data_offsets"][0],
+                start=start + item["data_offsets"][0],
                 size=item["data_offsets"][1] - item["data_offsets"][0],
             )
             for key, item in header.items()
@@ -119,7 +114,7 @@ class TensorFile:
         except OSError as error:
             raise CheckpointError(unreadable(self.path, error)) from error
         except SafetensorError as error:
-            raise CheckpointError(_broken(self.path, error)) from error
+            raise CheckpointError(broken(self.path, error)) from error
         return tensor
 
     def chunks(self, key: str) -> Iterator[bytes]:
@@ -136,15 +131,8 @@ class TensorFile:
                 while left:
                     chunk = file.read(min(left, CHUNK))
                     if not chunk:
-                        raise CheckpointError(_broken(self.path, "it became shorter while it was read"))
+                        raise CheckpointError(broken(self.path, "it became shorter while it was read"))
                     left -= len(chunk)
                     yield chunk
         except OSError as error:
             raise CheckpointError(unreadable(self.path, error)) from error
-
-
-def _broken(path: Path, reason: object) -> str:
-    return (
-        f"'{path}' ({path.stat().st_size} bytes) is not a whole safetensors file ({reason}). Most likely a download or "
-        "a copy was cut short, or the file is a pointer of Git LFS: fetch it again."
-    )

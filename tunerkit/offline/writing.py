@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -11,16 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tunerkit.checkpoint.header import HEADER_SIZE, METADATA
 from tunerkit.checkpoint.writing import sync_folders
 from tunerkit.errors import CheckpointError
-from tunerkit.offline.tensor_file import HEADER_SIZE, METADATA, Entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
+    from tunerkit.offline.tensor_file import Entry
+
 _ALIGNMENT = 8
 """Readers that map the file want its tensors to begin at a multiple of this."""
+
+_HERE, _EXCHANGE = -100, 2
+"""Linux' `AT_FDCWD` and `RENAME_EXCHANGE`."""
 
 
 class TensorWriter:
@@ -86,6 +92,9 @@ def write_file(path: Path, data: bytes) -> None:
 
 def check_out(out: Path, *, overwrite: bool) -> None:
     """Raise `CheckpointError` if a folder cannot be written at a path."""
+    if out.is_symlink() and not out.exists():
+        msg = f"'{out}' is a link that leads nowhere: remove it, or choose another path with --out."
+        raise CheckpointError(msg)
     if out.exists() and not out.is_dir():
         msg = f"'{out}' is a file, and a model is a folder: choose another path with --out."
         raise CheckpointError(msg)
@@ -128,6 +137,8 @@ def new_folder(out: Path) -> Iterator[Path]:
             )
             raise CheckpointError(msg) from error
         raise
+    with contextlib.suppress(OSError):
+        shutil.rmtree(work, ignore_errors=True)  # what was there before, if anything was
 
 
 def _folders(work: Path) -> list[Path]:
@@ -135,16 +146,46 @@ def _folders(work: Path) -> list[Path]:
 
 
 def _put_in_place(work: Path, out: Path) -> None:
-    old = out.with_name(f"{work.name}.old")
-    replaced = out.exists()
-    if replaced:
-        out.replace(old)
+    """Let `work` be at `out`, and what was at `out`, if anything was, at `work`."""
+    there = out.exists()
+    if there:
+        _swap(work, out)
     try:
-        work.replace(out)
+        if not there:
+            work.replace(out)
+        sync_folders([out.parent])
     except BaseException:
-        if replaced:
-            old.replace(out)
+        if there:
+            _swap(work, out)
+        elif out.exists():
+            out.replace(work)
         raise
-    sync_folders([out.parent])
-    if replaced:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> None:
+    """Let two folders change places: in one step where the system can, so that a kill leaves one or the other."""
+    if _exchange(one, other):
+        return
+    aside = one.with_name(f"{one.name}.old")
+    try:
+        other.replace(aside)
+        one.replace(other)
+    except BaseException:
+        # The disk knows best how far it came.
+        if aside.exists() and other.exists():
+            other.replace(one)
+        if aside.exists():
+            aside.replace(other)
+        raise
+    with contextlib.suppress(OSError):  # What was at `other` then keeps a third name, and nothing is lost.
+        aside.replace(one)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names as Linux can, and Python has no word for; return whether it was done."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # an older C library, or another system
+        return False
+    done: int = rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+    return done == 0

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tunerkit.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -42,6 +44,9 @@ class Below(Protocol):
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the layer on `x` with these parameters in place of its own."""
 
+
+_LARGEST = 2**63 - 1
+"""Bytes: what counts them has no more bits."""
 
 _ON_META: ContextVar[bool] = ContextVar("on_meta", default=False)
 
@@ -270,6 +275,9 @@ class Site:
         """Return a new tensor for an adapter at this site: on its device, of its dtype, not initialised."""
         stored = self.stored
         dtype = stored.dtype if stored.is_floating_point() else torch.float32
+        if math.prod(shape) * dtype.itemsize > _LARGEST:
+            msg = f"A tensor of shape {shape} is larger than any memory. Check the sizes in the config."
+            raise ConfigError(msg)
         return torch.empty(shape, dtype=dtype, device="meta" if _ON_META.get() else stored.device)
 
     def zeros(self, *shape: int) -> Tensor:

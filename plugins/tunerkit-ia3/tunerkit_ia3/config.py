@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 from tunerkit.config import PeftConfig
 from tunerkit.errors import ConfigError
-from tunerkit.naming import listing
+from tunerkit.naming import listing, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,6 +54,15 @@ class IA3Config(PeftConfig):
             ConfigError: A setting has the wrong type, or a feed-forward module is not among the targeted ones.
         """
         super().check()
+        if isinstance(self.feedforward_modules, str):
+            try:
+                re.compile(self.feedforward_modules)
+            except re.error as error:
+                msg = (
+                    f"IA3Config.feedforward_modules={shown(self.feedforward_modules)} must be a pattern for a module's "
+                    f"path, and is a broken one: {error}. Mend it, or pass a list of names."
+                )
+                raise ConfigError(msg) from error
         if not (isinstance(self.target_modules, set) and isinstance(self.feedforward_modules, set)):
             return
         stray = self.feedforward_modules - among(self.target_modules, self.feedforward_modules)
@@ -79,10 +88,14 @@ class IA3Config(PeftConfig):
             ConfigError: A setting is wrong, or is unknown and matters.
         """
         targets, feedforward = values.get("target_modules"), values.get("feedforward_modules")
-        if isinstance(targets, list) and isinstance(feedforward, list):
+        if _are_names(targets) and _are_names(feedforward):
             # PEFT adds those of the model's type, targeted or not, and then refuses to read the file it wrote.
             values = {**values, "feedforward_modules": among(targets, feedforward)}
         return super().from_dict(values)
+
+
+def _are_names(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def among(targets: Iterable[str], entries: Iterable[str]) -> set[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tunerkit.config import PeftConfig, setting, unbuilt
 from tunerkit.errors import ConfigError, ConfigWarning, LoadWarning
+from tunerkit.naming import shown
 from tunerkit.patterns import pattern_value
 from tunerkit_lora.inits import ANCHORED, SPECIAL
 from tunerkit_lora.subconfigs import EvaConfig, LoftQConfig
@@ -181,8 +182,8 @@ class LoraConfig(PeftConfig):
                 raise ConfigError(msg)
             if start != "gaussian" and not SPECIAL.fullmatch(start):
                 msg = (
-                    f"LoraConfig.init_lora_weights={given!r} is not known; possible are True, False, 'gaussian', "
-                    "'pissa', 'pissa_niter_<number>', 'olora', 'orthogonal', 'eva' and 'mica'."
+                    f"LoraConfig.init_lora_weights={shown(given)} is not known; possible are True, False, "
+                    "'gaussian', 'pissa', 'pissa_niter_<number>', 'olora', 'orthogonal', 'eva' and 'mica'."
                 )
                 raise ConfigError(msg)
         if isinstance(self.eva_config, dict):
