@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -12,8 +13,10 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from suite import report, runner
 from suite.plot import draw
 from suite.profiling import profile as profile_job
-from suite.result import Result
 from suite.scale import FULL, SHORT
+
+if TYPE_CHECKING:
+    from suite.result import Result
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,11 +45,11 @@ def main(
     console = Console()
     if listed:
         for job in jobs:
-            console.print(f"{job.name:24}{job.title}", highlight=False)
+            click.echo(f"{job.name:24}{job.title}")
         return
     if profile:
         for job in jobs:
-            console.print(f"{job.name}\n{profile_job(job, scale)}", highlight=False, markup=False)
+            click.echo(f"{job.name}\n{profile_job(job, scale)}")
         return
     around = {"scale": scale.name, **runner.surroundings()}
     results: list[Result] = []

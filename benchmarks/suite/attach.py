@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from suite import checkpoints
-from suite.job import ProbedJob, TimedJob, Turn, clock, quiet
+from suite.job import ProbedJob, TimedJob, Turn, quiet, seconds
 from suite.libraries import library
 from suite.models import MIXTURE_WIDTH, inputs, mixture
 
@@ -81,7 +81,7 @@ def third(side: Library, scale: Scale, *, many: bool = False) -> Turn:
 def both(one: Turn, other: Turn, *, share: float = 1.0) -> dict[Side, float]:
     """Time two turns of ours one after the other; the second, times `share`, stands in for the floor."""
     with quiet():
-        return {"ours": clock(one, 1), "floor": share * clock(other, 1)}
+        return {"ours": seconds(one), "floor": share * seconds(other)}
 
 
 class Growth:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +20,7 @@ from suite.models import ALPHA, RANK, SCALING, numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 PREFIX = "base_model.model."
 
@@ -74,7 +74,7 @@ class HandModel:
         self.model = model
         self.layers: dict[str, HandLayer] = {}
         self.places: list[tuple[nn.Module, str, nn.Linear]] = []
-        self.kept: list[nn.Parameter] = []
+        self.kept: list[Tensor] = []
         saved = None if folder is None else read(folder)
         for parameter in model.parameters():
             parameter.requires_grad = False

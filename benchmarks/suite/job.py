@@ -25,6 +25,10 @@ class DifferentWorkError(Exception):
     """The sides of a job do not compute the same, so that timing them would compare nothing."""
 
 
+TOLERANCE = 1e-4
+"""How far outputs may be apart, as a part of the largest number."""
+
+
 def nothing() -> None:
     """Do nothing."""
 
@@ -36,13 +40,12 @@ class Turn:
     Attributes:
         run: What is measured.
         reset: Brings everything back to where `run` can run again; not timed.
-        output: Returns, after `run`, what must be the same on every side; not timed. Asked once, before the first timing.
+        output: Returns, after `run`, what must be the same on every side. Asked once, before the first timing.
     """
 
     run: Callable[[], object]
     reset: Callable[[], object] = nothing
     output: Callable[[], Tensor] | None = None
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ class TimedJob(Job):
         sides: Who takes part.
         same: Whose outputs must be equal.
         slow: The sides that take minutes and are run only if that is asked for.
+        clock: CPU time, which others on the machine do not make longer; or the time of day, where waiting counts.
     """
 
     make: Callable[[Library, Scale], Turn]
@@ -96,7 +100,7 @@ class TimedJob(Job):
     sides: tuple[Side, ...] = SIDES
     same: tuple[Side, ...] = SIDES
     slow: tuple[Side, ...] = ()
-    tolerance: float = 1e-4
+    clock: Callable[[], float] = time.process_time
 
     def turn(self, side: Side, scale: Scale) -> Turn:
         """Prepare a side."""
@@ -117,7 +121,7 @@ class TimedJob(Job):
         for number in itertools.count():
             shift = number % len(sides)
             with quiet():
-                times = {side: clock(turns[side], calls) for side in (*sides[shift:], *sides[:shift])}
+                times = {side: seconds(turns[side], calls, self.clock) for side in (*sides[shift:], *sides[:shift])}
             yield {side: times[side] for side in sides}
 
     def check(self, turns: Mapping[Side, Turn]) -> None:
@@ -136,8 +140,8 @@ class TimedJob(Job):
             return
         ours = outputs["ours"]
         for side, output in outputs.items():
-            away = float((ours - output).abs().max() / output.abs().max()) if ours.shape == output.shape else float("inf")
-            if not away <= self.tolerance:
+            away = distance(ours, output)
+            if not away <= TOLERANCE:
                 msg = f"{self.name}: what {side} computes differs from ours by {away:.1e} of its largest number."
                 raise DifferentWorkError(msg)
 
@@ -158,15 +162,20 @@ class ProbedJob(Job):
             yield self.probe(scale)
 
 
-def clock(turn: Turn, calls: int) -> float:
+def distance(one: Tensor, other: Tensor) -> float:
+    """Return how far two outputs are apart, as a part of the largest number of the second."""
+    return float((one - other).abs().max() / other.abs().max()) if one.shape == other.shape else float("inf")
+
+
+def seconds(turn: Turn, calls: int = 1, clock: Callable[[], float] = time.process_time) -> float:
     """Return how many seconds a call takes, and make the next one possible."""
     run = turn.run
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         run()
-    seconds = (time.perf_counter() - start) / calls
+    taken = (clock() - start) / calls
     turn.reset()
-    return seconds
+    return taken
 
 
 @contextmanager

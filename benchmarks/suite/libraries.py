@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -22,24 +23,28 @@ SIDES: tuple[Side, ...] = ("ours", "peft", "floor")
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<factor>[AB])\.(?P<name>[^.]+)\.weight")
 
 
-class Library(Protocol):
+class Library(ABC):
     """What a job asks of a side. The models it returns have the verbs of a `PeftModel`."""
 
+    @abstractmethod
     def attach(self, model: nn.Module, name: str = "default") -> Any:
         """Attach a first adapter to all linear layers of a model."""
 
+    @abstractmethod
     def add(self, model: Any, name: str) -> None:
         """Attach another adapter."""
 
+    @abstractmethod
     def from_pretrained(self, model: nn.Module, folder: Path) -> Any:
         """Attach a first adapter that was saved."""
 
-    def fill(self, model: Any, name: str) -> None:
-        """Put the numbers by which outputs are compared into an adapter."""
+    @abstractmethod
+    def fill(self, model: Any, *names: str) -> None:
+        """Put the numbers by which outputs are compared into adapters."""
 
 
 @dataclass(frozen=True)
-class Framework:
+class Framework(Library):
     """tunerkit or PEFT, whose calls are the same.
 
     Args:
@@ -68,16 +73,16 @@ class Framework:
         """Attach a first adapter that was saved."""
         return self.core.PeftModel.from_pretrained(model, folder)
 
-    def fill(self, model: Any, name: str) -> None:
-        """Put the numbers by which outputs are compared into an adapter."""
+    def fill(self, model: Any, *names: str) -> None:
+        """Put the numbers by which outputs are compared into adapters."""
         with torch.no_grad():
             for key, tensor in model.base_model.model.named_parameters():
                 found = _FACTOR.fullmatch(key)
-                if found is not None and found["name"] == name:
-                    tensor.copy_(numbers(found["path"], found["factor"], name, tensor))
+                if found is not None and found["name"] in names:
+                    tensor.copy_(numbers(found["path"], found["factor"], found["name"], tensor))
 
 
-class ByHand:
+class ByHand(Library):
     """The floor."""
 
     def __init__(self) -> None:
@@ -87,8 +92,7 @@ class ByHand:
         """Attach a first adapter to all linear layers of a model."""
         return self.module.HandModel(model, name)
 
-    @staticmethod
-    def add(model: Any, name: str) -> None:
+    def add(self, model: Any, name: str) -> None:
         """Attach another adapter."""
         model.add_adapter(name)
 
@@ -96,10 +100,10 @@ class ByHand:
         """Attach a first adapter that was saved."""
         return self.module.HandModel(model, "default", folder)
 
-    @staticmethod
-    def fill(model: Any, name: str) -> None:
-        """Put the numbers by which outputs are compared into an adapter."""
-        model.fill(name)
+    def fill(self, model: Any, *names: str) -> None:
+        """Put the numbers by which outputs are compared into adapters."""
+        for name in names:
+            model.fill(name)
 
 
 @cache

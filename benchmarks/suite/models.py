@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import torch
@@ -81,4 +82,4 @@ def numbers(path: str, factor: str, adapter: str, tensor: Tensor) -> Tensor:
         tensor: The factor.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{path} {factor} {adapter}".encode()))
-    return torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5 / 2
+    return torch.randn(tensor.shape, generator=generator) / (2 * math.sqrt(tensor.shape[-1]))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -22,6 +19,9 @@ PANELS: tuple[tuple[Side, str], ...] = (("peft", "ours / PEFT"), ("floor", "ours
 
 def draw(path: Path, results: Sequence[Result]) -> None:
     """Draw the ratios into a file whose format is that of its suffix; the same figures give the same file."""
+    import matplotlib as mpl  # noqa: PLC0415 - who only measures, or only asks for the list, need not have it
+    from matplotlib.figure import Figure  # noqa: PLC0415 - the same
+
     with mpl.rc_context({"svg.hashsalt": "tunerkit", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(10, 1.2 + 0.24 * len(results)), layout="constrained")
         panels = figure.subplots(1, len(PANELS), sharey=True)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from suite.result import Result, Spread
 
 COLUMNS = ("job", "work", "ours", "PEFT", "floor", "ours / PEFT", "goal", "ours / floor", "goal", "floor is")
+SHOWN = (0, 2, 3, 4, 5, 6, 7, 8)
+"""The columns that fit on a screen; what the jobs are is said by `--list`."""
 VERDICTS = {True: "met", False: "not met"}
 COLOURS = {True: "green", False: "red", None: "default"}
 
@@ -38,12 +40,14 @@ def cells(result: Result) -> list[str]:
 
 def screen_table(results: Sequence[Result]) -> Table:
     """Return the table as it is printed."""
-    table = Table(*COLUMNS, box=box.SIMPLE_HEAD, row_styles=["", "dim"])
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in SHOWN:
+        table.add_column(COLUMNS[column], no_wrap=True)
     for result in results:
         row = [escape(cell) for cell in cells(result)]
         for column, side in ((6, "peft"), (8, "floor")):
             row[column] = f"[{COLOURS[result.met(side)]}]{row[column]}[/]"  # type: ignore[arg-type]
-        table.add_row(*row)
+        table.add_row(*(row[column] for column in SHOWN))
     return table
 
 

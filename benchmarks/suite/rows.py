@@ -29,8 +29,7 @@ def served(side: Library, adapters: int) -> Any:
     model = side.attach(stack(WIDTH, DEPTH), "a0")
     for number in range(1, adapters):
         side.add(model, f"a{number}")
-    for number in range(adapters):
-        side.fill(model, f"a{number}")
+    side.fill(model, *(f"a{number}" for number in range(adapters)))
     model.eval()
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
@@ -23,8 +24,7 @@ def two_adapters(side: Library, scale: Scale) -> Any:
     """Return a mixture of experts with the adapters `default`, which is active, and `second`."""
     model = side.attach(mixture(scale.layers, scale.experts))
     side.add(model, "second")
-    side.fill(model, "default")
-    side.fill(model, "second")
+    side.fill(model, "default", "second")
     return model
 
 
@@ -68,5 +68,5 @@ def save(side: Library, scale: Scale) -> Turn:
 JOBS: tuple[Job, ...] = (
     TimedJob(name="switching.set", title="`set_adapter`", make=switch, peft=0.1),
     TimedJob(name="switching.disable", title="enter and leave `disable_adapter()`", make=disable, peft=0.05),
-    TimedJob(name="switching.save", title="save one of two adapters", make=save, peft=0.25),
+    TimedJob(name="switching.save", title="save one of two adapters", make=save, clock=time.perf_counter, peft=0.25),
 )
