@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from suite import checkpoints, libraries, many, probes, report, runner
+from suite import checkpoints, libraries, many, probes, report, runner, switching
 from suite.__main__ import main
 from suite.by_hand import HandModel
 from suite.job import DifferentWorkError, ProbedJob, TimedJob, Turn, seconds
@@ -49,7 +49,7 @@ MOVED = [job for job in TIMED if job.name not in {*SHOWS_NO_ADAPTER, "compiling.
 @pytest.mark.parametrize("job", MOVED, ids=lambda job: job.name)
 def test_what_is_compared_depends_on_the_adapter(job, monkeypatch):
     def output():
-        for made in (checkpoints.of_mixture, many.crowd):
+        for made in (checkpoints.of_mixture, many.crowd, switching.two_adapters):
             made.cache_clear()
         turn = job.turn("ours", TINY)
         turn.run()

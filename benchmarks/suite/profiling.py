@@ -5,6 +5,7 @@ from __future__ import annotations
 import cProfile
 import io
 import pstats
+import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def profile(job: Job, scale: Scale, lines: int = 25) -> str:
         turn.run()
         turn.reset()
         calls = max(1, round(job.calls * scale.effort))
-        recorder = cProfile.Profile()
+        recorder = cProfile.Profile(time.process_time)
         recorder.enable()
         for _ in range(calls):
             turn.run()

@@ -17,8 +17,8 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
-from suite.__main__ import main as benchmarks
 
+from suite.__main__ import main as benchmarks
 from tunerkit.cli import main
 
 if sys.version_info >= (3, 11):
