@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from suite import checkpoints, libraries, many, probes, report, runner, switching
 from suite.__main__ import main
 from suite.by_hand import HandModel
-from suite.job import DifferentWorkError, ProbedJob, TimedJob, Turn, seconds
+from suite.job import TOLERANCE, DifferentWorkError, ProbedJob, TimedJob, Turn, distance, seconds
 from suite.libraries import SIDES, library
-from suite.models import inputs, mixture, stack
+from suite.models import MIXTURE_WIDTH, inputs, mixture, stack
 from suite.result import Result, Spread
 from suite.scale import FULL, SHORT
 
@@ -76,6 +76,19 @@ def test_other_shapes_and_nan_are_different_work(other):
 def test_a_floor_that_is_something_else_is_not_compared():
     job = job_with([[1.0], [1.0], [2.0]], same=("ours", "peft"))
     assert len(runner.run(job, TINY, rounds=1).rounds) == 1
+
+
+def test_outputs_of_the_mixture_show_one_wrong_adapter_and_no_rounding():
+    model = HandModel(mixture(FULL.layers, FULL.experts), "default")
+    model.fill("default")
+    x = inputs(4, MIXTURE_WIDTH)
+    with torch.no_grad():
+        usual = model(x)
+        model.merge_adapter()
+        assert distance(model(x), usual) < TOLERANCE / 10
+        model.unmerge_adapter()
+        model.layers["0.experts.0.up_proj"].b.zero_()
+        assert distance(model(x), usual) > TOLERANCE * 10
 
 
 def test_floor_trains_two_tensors_a_layer():

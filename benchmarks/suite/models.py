@@ -43,7 +43,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, rows x width."""
         x = x + self.o_proj(torch.tanh(self.q_proj(x) + self.k_proj(x) + self.v_proj(x)))
-        added: Tensor = sum(expert(x) for expert in self.experts)
+        # Their mean: with their sum, 48 layers make a difference of 1e-8 in the weights one of 4e-3 in the output.
+        added: Tensor = sum(expert(x) for expert in self.experts) / len(self.experts)
         return F.layer_norm(x + added, x.shape[-1:])
 
 
