@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from suite.__main__ import main as benchmarks
 from tunerkit.cli import main
 
 if sys.version_info >= (3, 11):
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
@@ -107,6 +109,8 @@ def check(command):
             check_own(arguments)
         case [".venv/bin/tox", "-e", name]:
             assert f"testenv:{name}" in tox().sections()
+        case [".venv/bin/tox", "-e", "bench", "--", *arguments]:
+            benchmarks.make_context("bench", arguments)
         case ["pip", "install", *what]:
             # Nothing is published: what is installed is a folder of the checkout.
             assert all((ROOT / path / "pyproject.toml").is_file() for path in what), what
@@ -157,6 +161,7 @@ def test_links_inside_the_repository_lead_somewhere(page):
         (["pip", "install", "tunerkit-lora"], "tunerkit-lora"),
         (["curl", "x"], "no check is known"),
         ([".venv/bin/tox", "-e", "none"], "testenv:none"),
+        ([".venv/bin/tox", "-e", "bench", "--", "--nothing"], "No such option"),
         (["tunerkit", "nothing"], "No such command"),
         (["tunerkit", "demo", "x"], "unexpected extra argument"),
         (["tunerkit", "merge", "--base", "x"], "Missing parameter: adapter"),
