@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _HALF = (torch.float16, torch.bfloat16)
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 """How many numbers are added up at once."""
 
 
