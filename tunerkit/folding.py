@@ -248,6 +248,8 @@ def add_up(weight: Tensor, changes: Sequence[Tensor]) -> Tensor:
 
 
 def _sum(weight: Tensor, changes: Sequence[Tensor]) -> Tensor:
+    if weight.numel() <= _BLOCK:
+        return add_up(weight, changes)
     total = torch.empty_like(weight)
     for place, own, *added in zip(*(split_rows(tensor) for tensor in (total, weight, *changes)), strict=True):
         place.copy_(add_up(own, added))
