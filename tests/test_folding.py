@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tunerkit import folding
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, AdditiveAdapter
 from tunerkit.errors import MergeError
@@ -532,3 +533,41 @@ class TestNestedParameters:
         assert torch.equal(Plus(outer.bare_site).born_from, bare)
         assert torch.equal(outer.bare_site.weight, bare)
         assert torch.equal(Plus(inner.bare_site).born_from, inner.base_layer.up)
+
+
+def transposed():
+    return pytest.importorskip("transformers.pytorch_utils", reason="it has the layer").Conv1D(4, 5)
+
+
+class TestBlocks:
+    """What is only added is added block by block, which is the same to the last bit."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("block", [1, 7, 10, 1 << 20])
+    @pytest.mark.parametrize(
+        "make", [lambda: nn.Linear(5, 4), lambda: nn.Conv2d(3, 4, 2), lambda: nn.Embedding(6, 5), transposed]
+    )
+    def test_as_at_once(self, monkeypatch, make, dtype, block):
+        base = make().to(dtype)
+        layer = layer_on(base, plus=Plus, share=Share)
+        site, adapters = layer.bare_site, list(layer.adapters.values())
+        before = base.weight.detach().clone()
+        with monkeypatch.context() as patch:
+            patch.setattr(folding, "changes_of", lambda *_: None)
+            wanted = folding.fold(site, site, adapters, safe=False)
+        monkeypatch.setattr(folding, "_BLOCK", block)
+        found = folding.fold(site, site, adapters, safe=True)
+        assert found.keys() == wanted.keys() == {"weight"}
+        assert found["weight"].dtype is dtype
+        assert (found["weight"] - before).abs().max() > 1e-3
+        assert torch.equal(found["weight"], wanted["weight"])
+        assert torch.equal(base.weight, before)
+
+    def test_more_than_adding_to_the_weight(self):
+        layer = layer_on(nn.Linear(5, 4), plus=Plus, rows=Rows)
+        site, (plus, rows) = layer.bare_site, layer.adapters.values()
+        assert len(folding.changes_of(site, site, [plus, plus])) == 2
+        for adapters in ([], [rows], [plus, rows]):
+            assert folding.changes_of(site, site, adapters) is None
+        plus.delta_bias = lambda _: torch.ones(4)
+        assert folding.changes_of(site, site, [plus]) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from tunerkit.adapted_layer import AdaptedLayer
     from tunerkit.adapter import Adapter
     from tunerkit.sites import Below, Site
+
+_HALF = (torch.float16, torch.bfloat16)
+
+_BLOCK = 1 << 18
+"""How many numbers are added up at once."""
 
 
 class Stacked:
@@ -170,15 +176,7 @@ def fold(site: Site, bare: Site, adapters: Sequence[Adapter], *, safe: bool) -> 
         MergeError: The result holds NaN or infinities and `safe` is set.
     """
     with torch.no_grad():
-        weight, bias = site.weight, site.bias
-        if weight.dtype in (torch.float16, torch.bfloat16):
-            weight, bias = weight.float(), None if bias is None else bias.float()
-        below = stacked(adapters, _Given(bare, weight, bias))
-        tensors = site.to_stored(below.weight, below.bias)
-        # What the adapters leave as it is stays the object it was: an optimiser or another module may hold it.
-        for name, unchanged in ((site.weight_name, below.weight is weight), (site.bias_name, below.bias is bias)):
-            if unchanged:
-                tensors.pop(name, None)
+        tensors = _folded(site, bare, adapters)
         for name, tensor in tensors.items():
             if safe and tensor is not None and not torch.isfinite(tensor).all():
                 msg = (
@@ -190,6 +188,72 @@ def fold(site: Site, bare: Site, adapters: Sequence[Adapter], *, safe: bool) -> 
             if tensor is not None and tensor.data_ptr() == _pointer(site.owner._parameters.get(name)):
                 tensors[name] = tensor.clone()
     return tensors
+
+
+def _folded(site: Site, bare: Site, adapters: Sequence[Adapter]) -> dict[str, Tensor | None]:
+    changes = changes_of(site, bare, adapters)
+    if changes is not None:
+        return {site.weight_name: _sum(site.stored, changes)}
+    weight, bias = site.weight, site.bias
+    if weight.dtype in _HALF:
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    below = stacked(adapters, _Given(bare, weight, bias))
+    tensors = site.to_stored(below.weight, below.bias)
+    # What the adapters leave as it is stays the object it was: an optimiser or another module may hold it.
+    for name, unchanged in ((site.weight_name, below.weight is weight), (site.bias_name, below.bias is bias)):
+        if unchanged:
+            tensors.pop(name, None)
+    return tensors
+
+
+def changes_of(site: Site, bare: Site, adapters: Sequence[Adapter]) -> list[Tensor] | None:
+    """Return what adapters add to the weight, in the shape in which the layer stores it, if they do no more than that.
+
+    Then `add_up` gives the folded weight piece by piece, and no tensor of its size is needed besides these.
+
+    Args:
+        site: The layer as it is.
+        bare: The layer without what is merged already.
+        adapters: From the lowest to the topmost.
+    """
+    adding = [
+        adapter for adapter in adapters if isinstance(adapter, AdditiveAdapter) and _adds_to_weight(adapter, bare)
+    ]
+    plain = site.weight.data_ptr() == site.stored.data_ptr()  # not computed from what is stored
+    if not plain or not adding or len(adding) < len(adapters):
+        return None
+    return [site.as_stored(adapter.delta(bare).reshape(site.weight.shape)) for adapter in adding]
+
+
+def _adds_to_weight(adapter: AdditiveAdapter, bare: Site) -> bool:
+    return type(adapter).merged is AdditiveAdapter.merged and adapter.delta_bias(bare) is None
+
+
+def rows_at_once(shape: Sequence[int]) -> int:
+    """Return how many rows of a tensor are added up at once."""
+    return max(1, _BLOCK // max(1, math.prod(shape[1:])))
+
+
+def split_rows(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return a tensor as blocks of rows."""
+    return torch.atleast_1d(tensor).split(rows_at_once(tensor.shape))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def add_up(weight: Tensor, changes: Sequence[Tensor]) -> Tensor:
+    """Return a weight, or some rows of it, with what is added; half precision is added in float32 and rounded once."""
+    exact = weight.float() if weight.dtype in _HALF else weight
+    for change in changes:
+        exact = exact + change
+    return exact.to(weight.dtype)
+
+
+def _sum(weight: Tensor, changes: Sequence[Tensor]) -> Tensor:
+    if weight.numel() <= _BLOCK:
+        return add_up(weight, changes)
+    total = torch.empty_like(weight)
+    for place, own, *added in zip(*(split_rows(tensor) for tensor in (total, weight, *changes)), strict=True):
+        place.copy_(add_up(own, added))
+    return total
 
 
 def delta_weight(bare: Site, adapters: Mapping[str, Adapter], name: str) -> Tensor:
@@ -208,7 +272,7 @@ def delta_weight(bare: Site, adapters: Mapping[str, Adapter], name: str) -> Tens
     if adapter.unfoldable is not None:
         msg = f"The adapter {name!r} on {bare.name!r} does not change its weight: {adapter.unfoldable}."
         raise MergeError(msg)
-    if bare.dtype in (torch.float16, torch.bfloat16):
+    if bare.dtype in _HALF:
         bare = bare.with_parameters({bare.weight_name: bare.stored.float()})
     weight = bare.weight
     delta = adapter.delta(bare) if isinstance(adapter, AdditiveAdapter) else adapter.merged(bare)[0] - weight

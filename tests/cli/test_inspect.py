@@ -349,3 +349,32 @@ def test_a_start_that_needs_the_weight_needs_none_here(run, tmp_path, base):
     get_peft_model(llama(), config).save_pretrained(tmp_path / "adapter")
     result = run(tmp_path / "adapter", "--base", base)
     assert result.exit_code == 0, result.output
+
+
+class TestRepeatedLayers:
+    @pytest.fixture
+    def repeated(self, tmp_path):
+        config = LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 3)])
+        get_peft_model(llama(), config).save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    def test_each_repetition_is_found(self, run, repeated, base):
+        result = run(repeated, "--base", base, "--json")
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)["base"]
+        assert found["targets"] == [
+            {"path": f"model.layers.{number}.self_attn.q_proj", "status": "found", "note": ""} for number in range(4)
+        ]
+        assert (found["problem"], found["lacking"]) == ("", [])
+
+    def test_what_the_checkpoint_lacks(self, run, repeated, base):
+        path = repeated / "adapter_model.safetensors"
+        save_file({key: tensor for key, tensor in load_file(path).items() if "layers.3" not in key}, path)
+        found = json.loads(run(repeated, "--base", base, "--json").stdout)["base"]
+        assert found["lacking"] == ["model.layers.3.self_attn.q_proj"]
+
+    def test_layers_that_the_base_does_not_have(self, run, repeated, base):
+        configure(repeated, layer_replication=[[0, 2], [1, 4]])
+        result = run(repeated, "--base", base)
+        assert result.exit_code == 1
+        assert "holds (1, 4), and the model has 3 layers" in " ".join(result.stdout.split())

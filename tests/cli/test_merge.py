@@ -98,6 +98,16 @@ def test_errors_are_told_plainly(run, folders, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_repeated_layers_are_refused(run, folders, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 1), (0, 1)])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    result = run(*folders)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: The adapter in '{tmp_path / 'adapter'}' repeats layers of the base model")
+    assert not (tmp_path / "out").exists()
+
+
 def test_usage(run):
     result = run()
     assert result.exit_code == 2

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ from tunerkit.errors import (
 )
 from tunerkit.offline import merging, skeleton, writing
 from tunerkit.offline.merging import merge_folder
-from tunerkit.offline.tensor_file import Entry
+from tunerkit.offline.tensor_file import DTYPES, Entry
 from tunerkit_lora import LoraConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -511,53 +512,53 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 class TestMemory:
-    def model(self, folder, width):
-        """Five matrices of width x width, all of them holes in the file, and an adapter for four of them."""
+    def model(self, folder, dtype, rows, width):
+        """Four matrices of rows x width, or the reverse, all of them holes in the file, and an adapter for each."""
         base, adapter = folder / "base", folder / "adapter"
         base.mkdir(parents=True)
         adapter.mkdir()
         config = {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": width, "hidden_size": width,
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 64, "hidden_size": width,
             "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8,
-            "tie_word_embeddings": True,
+            "head_dim": rows // 8, "tie_word_embeddings": True,
         }  # fmt: skip
         (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        matrix = Entry("F32", (width, width), 0, 4 * width**2)
-        vector = Entry("F32", (width,), 0, 4 * width)
         layer = "model.layers.0."
-        paths = [f"{layer}self_attn.{name}" for name in ALL[:4]]
-        entries = {"model.embed_tokens.weight": matrix, **{f"{path}.weight": matrix for path in paths}}
+        attention = {f"{layer}self_attn.{name}": (rows, width) for name in ALL[:3]}
+        attention[f"{layer}self_attn.{ALL[3]}"] = (width, rows)
+        shapes = {"model.embed_tokens": (64, width), "model.norm": (width,), **attention}
+        shapes.update({f"{layer}{name}": (width,) for name in ("input_layernorm", "post_attention_layernorm")})
         for name in ALL[4:]:
-            shape = (width, 64) if name == "down_proj" else (64, width)
-            entries[f"{layer}mlp.{name}.weight"] = Entry("F32", shape, 0, 4 * 64 * width)
-        norms = ["model.norm", f"{layer}input_layernorm", f"{layer}post_attention_layernorm"]
-        entries.update({f"{norm}.weight": vector for norm in norms})
-        writing.TensorWriter(base / "model.safetensors", entries, {"format": "pt"})
-        factors = {"lora_A": torch.ones(2, width), "lora_B": torch.ones(width, 2)}
-        tensors = {
-            f"base_model.model.{path}.{name}.weight": tensor.clone()
-            for path in paths
-            for name, tensor in factors.items()
+            shapes[f"{layer}mlp.{name}"] = (width, 64) if name == "down_proj" else (64, width)
+        entries = {
+            f"{path}.weight": Entry(dtype, shape, 0, math.prod(shape) * DTYPES[dtype].itemsize)
+            for path, shape in shapes.items()
         }
+        writing.TensorWriter(base / "model.safetensors", entries, {"format": "pt"})
+        tensors = {}
+        for path, shape in attention.items():
+            tensors[f"base_model.model.{path}.lora_A.weight"] = torch.ones(2, shape[1])
+            tensors[f"base_model.model.{path}.lora_B.weight"] = torch.ones(shape[0], 2)
         save_file(tensors, adapter / "adapter_model.safetensors")
         (adapter / "adapter_config.json").write_text(
             json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ALL[:4]}), encoding="utf-8"
         )
         return base, adapter, folder / "out"
 
+    def peak(self, folder, *form):
+        arguments = [str(path) for path in self.model(folder, *form)]
+        done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.splitlines()[-1]) * 1024
+
     @pytest.mark.skipif(sys.platform != "linux", reason="what ru_maxrss counts differs")
     def test_stays_under_three_tensors(self, tmp_path):
-        peaks = []
-        for name, width in (("small", 64), ("large", 4096)):
-            arguments = [str(path) for path in self.model(tmp_path / name, width)]
-            done = subprocess.run(
-                [sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stderr
-            peaks.append(int(done.stdout.splitlines()[-1]) * 1024)
-        assert peaks[1] - peaks[0] < 3 * 4 * 4096**2
-        first = load_first(tmp_path / "large" / "out")
-        assert torch.equal(first, torch.full_like(first, 2 * 8 / 2))
+        """Also where what is added has twice the size of what it is added to."""
+        nothing = self.peak(tmp_path / "small", "F32", 64, 64)
+        for dtype, rows in (("F32", 2048), ("BF16", 4096)):
+            assert self.peak(tmp_path / dtype, dtype, rows, 4096) - nothing < 3 * 32 * 2**20
+            first = load_first(tmp_path / dtype / "out")
+            assert torch.equal(first, torch.full_like(first, 2 * 8 / 2))
 
 
 def load_first(folder):

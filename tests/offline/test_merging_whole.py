@@ -15,6 +15,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     T5Config,
@@ -232,6 +234,30 @@ class TestTheBaseS:
         assert "encoder.layer.0.attention.self.query.bias" in report.replaced
         assert ("encoder.layer.0.attention.self.key.bias" in report.replaced) == (which == "all")
         check_equal(BertModel, out, ids, peft)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_all_biases_with_tied_embeddings_in_shards(self, saved, adapted, out, dtype, tied, ids):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        config = LlamaConfig(
+            num_attention_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied, **sizes
+        )
+        model = LlamaForCausalLM(config).to(dtype).eval()
+        base = saved(model, max_shard_size="10KB")
+        assert len(list(base.glob("*.safetensors"))) > 2
+        adapter, peft = adapted(model, lora(targets=["q_proj", "down_proj", "embed_tokens"], bias="all"))
+        report = merge_folder(base, adapter, out)
+        assert len(report.merged) == 5
+        assert len(report.replaced) == 2 * 7
+        assert report.untied == (["lm_head.weight"] if tied else [])
+        with pytest.warns(UserWarning, match="tie_word_embeddings=False") if tied else contextlib.nullcontext():
+            # Of a live model in half precision the rotary frequencies are rounded too.
+            loaded = check_equal(AutoModelForCausalLM, out, ids, peft, 1e-5 if dtype is torch.float32 else 1e-2)
+        merged, found = peft.base_model.model.state_dict(), tensors_of(out)
+        assert merged.keys() == found.keys() == loaded.state_dict().keys()
+        assert all(torch.equal(tensor, found[key]) for key, tensor in merged.items())
+        assert all(torch.equal(tensor, found[key]) for key, tensor in loaded.state_dict().items())
 
     @pytest.mark.parametrize("tied", [True, False])
     @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])

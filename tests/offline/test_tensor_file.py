@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from tunerkit.errors import CheckpointError
+from tunerkit.folding import split_rows
 from tunerkit.offline import tensor_file
 from tunerkit.offline.tensor_file import TensorFile
 
@@ -40,6 +41,16 @@ def test_tensors_and_bytes(path, key, monkeypatch):
     file = TensorFile.open(path)
     assert torch.equal(file.read(key), TENSORS[key])
     assert b"".join(file.chunks(key)) == TENSORS[key].numpy().tobytes()
+
+
+@pytest.mark.parametrize("block", [1, 3, 6])
+def test_rows(path, block, monkeypatch):
+    monkeypatch.setattr("tunerkit.folding._BLOCK", block)
+    file = TensorFile.open(path)
+    for key in ("a", "b"):
+        found, wanted = list(file.rows(key)), split_rows(TENSORS[key])
+        assert len(found) == len(wanted)
+        assert all(map(torch.equal, found, wanted))
 
 
 def test_a_tensor_that_was_read_is_private(path):

@@ -13,6 +13,7 @@ from tunerkit.functional import cast_adapter_dtype, loading_for
 from tunerkit.naming import PREFIX, closest, listing, uncompiled
 from tunerkit.offline.keys import by_number, owners_of
 from tunerkit.plugins import get_method
+from tunerkit.replication import Replication, wanted_ranges
 from tunerkit.targeting import base_path
 from tunerkit.tuner import BaseTuner
 
@@ -116,9 +117,11 @@ def match(
     if config is None:
         return Fit(tuple(_target(path, keys, modules, LoadReport(), []) for path, keys in paths.items()))
     adapted = {owner.path for owner in owners.values() if owner.path and not owner.replaces}
-    held = {id(modules[path]) for path in adapted & modules.keys()}
     try:
-        tuner, lacking = _attach(model, config, tensors, held)
+        planner = _planner(model, config)
+        modules = dict(planner.model.named_modules(remove_duplicate=False))
+        held = {id(modules[path]) for path in adapted & modules.keys()}
+        tuner, lacking = _attach(model, planner, config, tensors, held)
         report = loading_for(tuner, NAME, tensors).report
     except TunerkitError as error:
         # If no module is there, the targets say so better.
@@ -135,13 +138,26 @@ def match(
     return Fit(targets, tuner, lacking=lacking)
 
 
+def _planner(model: nn.Module, config: PeftConfig) -> BaseTuner:
+    """Return a tuner to plan with, around the model as the adapter has it, with the layers repeated that it repeats.
+
+    Raises:
+        TargetError: The model does not have these layers.
+    """
+    replication = Replication(model, wanted_ranges(config))
+    planner = BaseTuner.around(replication.preview(model))
+    planner.replication = replication
+    return planner
+
+
 def _attach(
-    model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], held: set[int]
+    model: nn.Module, planner: BaseTuner, config: PeftConfig, tensors: Mapping[str, Tensor], held: set[int]
 ) -> tuple[BaseTuner, tuple[str, ...]]:
     """Put an adapter onto a skeleton.
 
     Args:
         model: The skeleton.
+        planner: What plans with it.
         config: The adapter's config.
         tensors: The checkpoint's tensors.
         held: The ids of the modules that its keys say are adapted.
@@ -154,7 +170,7 @@ def _attach(
     """
     method = get_method(str(config.peft_type)).method
     kind = method.tuner or BaseTuner
-    meant = {id(target.module): target.name for target in BaseTuner.around(model).plan(config).targets}
+    meant = {id(target.module): target.name for target in planner.plan(config).targets}
     # Keys say neither which parameter of a module is meant nor, without the names of a method's entries, which module.
     by_config = getattr(config, "target_parameters", None) or (method.adapter is None and not kind.prefix)
     by_config = by_config or meant.keys() == held

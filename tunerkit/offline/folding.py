@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import MergeError
-from tunerkit.folding import fold
+from tunerkit.folding import add_up, changes_of, fold, split_rows
 from tunerkit.sites import make_on_meta
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -21,39 +20,52 @@ if TYPE_CHECKING:
     from tunerkit.config import PeftConfig
     from tunerkit.sites import Site
 
-_BLOCK = 1 << 20
-"""How many numbers are added up at once."""
 
+def fold_layer(
+    layer: AdaptedLayer,
+    tensors: Mapping[str, Tensor],
+    rows: Callable[[str], Iterable[Tensor]],
+    config: PeftConfig,
+) -> dict[str, Iterable[Tensor]]:
+    """Return the parameters of a layer that its adapters change, with them folded in, each as blocks of rows.
 
-def fold_layer(layer: AdaptedLayer, tensors: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Tensor]:
-    """Return the parameters of a layer that its adapters change, with them folded in.
-
-    The given tensors are written over where that saves memory, so they are good for this one call.
+    What is only added to the weight is added while the blocks are asked for, to rows that are read then. So the weight
+    is never there as a whole, unless an adapter computes with it.
 
     Args:
         layer: A layer of the skeleton, whose own parameters are on the meta device.
-        tensors: The layer's parameters by name, with their data.
+        tensors: The layer's parameters by name, with their data; not kept.
+        rows: Reads one of them by its name, as the blocks of `tunerkit.folding.split_rows`.
         config: The adapters' config.
 
     Raises:
-        MergeError: The result would hold NaN or infinities, or parameters that the base model does not have.
+        MergeError: The result would hold parameters that the base model does not have; or, while the blocks are asked
+            for, NaN or infinities.
     """
     site = layer.site.with_parameters(tensors)
     adapters = [_derived(layer.adapters[name], site, config) for name in layer.active_adapters]
+    folded: dict[str, Iterable[Tensor]] = {}
     with torch.no_grad():
-        change = _only_change(adapters, site)
-        if change is not None:
-            _add(site.weight, change)
-            folded = {site.weight_name: tensors[site.weight_name]}
-        else:
-            folded = {
-                name: tensor for name, tensor in fold(site, site, adapters, safe=False).items() if tensor is not None
-            }
-        for name, tensor in folded.items():
-            full = f"{layer.site.name}.{name}" if layer.site.name else name
-            _check_same_form(full, tensor, tensors.get(name))
-            check_finite(full, tensor)
+        changes = changes_of(site, site, adapters)
+        made = fold(site, site, adapters, safe=False) if changes is None else {site.weight_name: changes[0]}
+        for name, tensor in made.items():
+            if tensor is not None:
+                full = f"{layer.site.name}.{name}" if layer.site.name else name
+                _check_same_form(full, tensor, tensors.get(name))
+                blocks = split_rows(tensor) if changes is None else _sums(rows(name), changes)
+                folded[name] = _checked(full, blocks)
     return folded
+
+
+def _sums(rows: Iterable[Tensor], changes: Sequence[Tensor]) -> Iterator[Tensor]:
+    for own, *added in zip(rows, *map(split_rows, changes), strict=True):
+        yield add_up(own, added)
+
+
+def _checked(name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    for block in blocks:
+        check_finite(name, block)
+        yield block
 
 
 def _derived(adapter: Adapter, site: Site, config: PeftConfig) -> Adapter:
@@ -65,24 +77,6 @@ def _derived(adapter: Adapter, site: Site, config: PeftConfig) -> Adapter:
     if adapter.part is not None:
         made.join(adapter.part)
     return made
-
-
-def _only_change(adapters: Sequence[Adapter], site: Site) -> Tensor | None:
-    """Return what is added to the weight if folding is no more than that, and can be done in the tensor given."""
-    if len(adapters) != 1 or site.weight.data_ptr() != site.stored.data_ptr():
-        return None
-    adapter = adapters[0]
-    if not isinstance(adapter, AdditiveAdapter) or type(adapter).merged is not AdditiveAdapter.merged:
-        return None
-    return adapter.delta(site) if adapter.delta_bias(site) is None else None
-
-
-def _add(weight: Tensor, delta: Tensor) -> None:
-    """Add to a weight in place, block by block; a weight of half precision in float32, rounded once."""
-    rows = max(1, _BLOCK // max(1, weight[:1].numel()))
-    for own, change in zip(torch.split(weight, rows), torch.split(delta.reshape(weight.shape), rows), strict=True):
-        exact = own.float() if own.dtype in (torch.float16, torch.bfloat16) else own
-        own.copy_(exact + change)
 
 
 def _check_same_form(name: str, tensor: Tensor, before: Tensor | None) -> None:
@@ -103,6 +97,6 @@ def _check_same_form(name: str, tensor: Tensor, before: Tensor | None) -> None:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise `MergeError` if a tensor that is to be written holds NaN or infinities."""
-    if not all(torch.isfinite(block).all() for block in torch.split(tensor.reshape(-1), _BLOCK)):
+    if not all(torch.isfinite(block).all() for block in split_rows(tensor)):
         msg = f"Merging would put NaN or infinities into {name!r}, so nothing was written. Check the adapter."
         raise MergeError(msg)

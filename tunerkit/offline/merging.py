@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunerkit.checkpoint.folder import check_folder
 from tunerkit.errors import CheckpointError, LoadWarning, MergeError
+from tunerkit.folding import split_rows
 from tunerkit.functional import loading_for
 from tunerkit.naming import method_id
 from tunerkit.offline.becoming import decide
@@ -190,25 +191,30 @@ class _Merging:
             writer.finish()
 
     def _fold(self, one: Folded) -> None:
-        tensors = {local: self._read(key) for local, key in one.sources.items()}
-        changed: dict[str, Tensor] = {}
+        def rows(local: str) -> Iterable[Tensor]:
+            source = one.sources[local]
+            given = self._given(source)
+            return self.sources[source].rows(source) if given is None else split_rows(given)
+
         for layer in one.layers:
-            changed.update(fold_layer(layer, tensors, self.becoming.adapter))
-        del tensors
-        for local, key in one.results.items():
-            if local in changed:
-                tensor = changed.pop(local)
-                self._write(key, [bytes_of(tensor)])
-                del tensor
+            tensors = {local: self._read(key) for local, key in one.sources.items()}
+            folded = fold_layer(layer, tensors, rows, self.becoming.adapter)
+            del tensors
+            for local in list(folded):
+                key = one.results[local]
+                self._write(key, map(bytes_of, folded.pop(local)))
                 self.merged.add(key)
-            else:
+        for local, key in one.results.items():
+            if key not in self.merged:
                 self._copy(one.sources[local], key)
 
     def _read(self, source: str) -> Tensor:
+        given = self._given(source)
+        return self.sources[source].read(source) if given is None else given
+
+    def _given(self, source: str) -> Tensor | None:
         given = self.becoming.given.get(source)
-        if given is None:
-            return self.sources[source].read(source)
-        return given.detach().to(DTYPES[self.sources[source].entries[source].dtype], copy=True)
+        return None if given is None else given.detach().to(DTYPES[self.sources[source].entries[source].dtype])
 
     def _copy(self, source: str, key: str) -> None:
         """Write a tensor into which nothing is folded."""

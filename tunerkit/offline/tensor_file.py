@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tunerkit.checkpoint.folder import check_file, unreadable
 from tunerkit.checkpoint.header import METADATA, broken, read_header
 from tunerkit.errors import CheckpointError
+from tunerkit.folding import rows_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -117,8 +118,24 @@ class TensorFile:
             raise CheckpointError(broken(self.path, error)) from error
         return tensor
 
-    def chunks(self, key: str) -> Iterator[bytes]:
+    def rows(self, key: str) -> Iterator[torch.Tensor]:
+        """Go through a tensor in the blocks of `tunerkit.folding.split_rows`, none of which is kept.
+
+        Raises:
+            CheckpointError: The file cannot be read any more.
+        """
+        entry = self.entries[key]
+        dtype = DTYPES[entry.dtype]
+        size = rows_at_once(entry.shape) * math.prod(entry.shape[1:]) * dtype.itemsize
+        for chunk in self.chunks(key, size):
+            yield torch.frombuffer(bytearray(chunk), dtype=dtype).reshape(-1, *entry.shape[1:])
+
+    def chunks(self, key: str, size: int | None = None) -> Iterator[bytes]:
         """Go through the bytes of a tensor.
+
+        Args:
+            key: The tensor.
+            size: How many are read at once.
 
         Raises:
             CheckpointError: The file cannot be read any more.
@@ -129,7 +146,7 @@ class TensorFile:
             with self.path.open("rb") as file:
                 file.seek(entry.start)
                 while left:
-                    chunk = file.read(min(left, CHUNK))
+                    chunk = file.read(min(left, size or CHUNK))
                     if not chunk:
                         raise CheckpointError(broken(self.path, "it became shorter while it was read"))
                     left -= len(chunk)
