@@ -32,6 +32,7 @@ def base():
 
 
 X = {"x": torch.randn(5, 6, generator=torch.Generator().manual_seed(1))}
+ROWS = {"x": torch.randn(20, 6, generator=torch.Generator().manual_seed(2))}
 
 
 def lora(init="pissa", **settings):
@@ -79,7 +80,7 @@ def test_the_files_are_pefts(base, init, settings, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False")  # PEFT's advice
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_rslora": True, "rank_pattern": {"wide": 1}}])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_rslora": True, "rank_pattern": {"wide": 4}}])
 @pytest.mark.parametrize(
     "init", [True, "gaussian", "pissa", "pissa_niter_2", "olora", "orthogonal", "eva", "eva, looked at data", "mica"]
 )
@@ -87,7 +88,7 @@ def test_what_a_script_of_pefts_saves_loads_there_whatever_the_start(base, init,
     name = init.partition(",")[0] if isinstance(init, str) else init
     model = tunerkit.get_peft_model(copy.deepcopy(base), lora(name, **settings))
     if name != init:
-        initialize_lora_eva_weights(model, [X], prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None)
+        initialize_lora_eva_weights(model, [ROWS], prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None)
     expected = saved_twice(model, tmp_path)
     assert (expected - run(base, X)).abs().max() > 1e-3
     assert tunerkit.PeftConfig.from_pretrained(tmp_path / "final").init_lora_weights is True
