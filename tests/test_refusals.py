@@ -148,8 +148,8 @@ class TestNamesOfThePackage:
     def test_config_where_no_method_is_installed(self, monkeypatch):
         monkeypatch.setattr(plugins, "method_ids", list)
         assert refusal(lambda: tunerkit.LoraConfig, error=AttributeError) == (
-            "tunerkit has no 'LoraConfig'. A method's config comes from its package, `from tunerkit_<method> import ...` "
-            "(installed: none). docs/differences.md lists what PEFT has and this version has not."
+            "tunerkit has no 'LoraConfig'. A method's config comes from its package, `from tunerkit_<method> import "
+            "...` (installed: none). docs/differences.md lists what PEFT has and this version has not."
         )
 
     def test_a_methods_model_class(self):

@@ -225,9 +225,9 @@ class TestTransposedLinear:
         model = nn.Sequential(nn.Linear(4, 4), Conv1D(4, 4), nn.Linear(4, 4))
         config = LoraConfig(r=2, fan_in_fan_out=True, target_modules=["0", "1", "2"])
         said = []
-        for library, given in ((tunerkit, config), (peft, peft_config(config))):
-            with pytest.warns(UserWarning) as seen:
-                adapted = library.get_peft_model(copy.deepcopy(model), given)
+        for library, same in ((tunerkit, config), (peft, peft_config(config))):
+            with pytest.warns(UserWarning, match="fan_in_fan_out") as seen:
+                adapted = library.get_peft_model(copy.deepcopy(model), same)
             said.append([str(warning.message) for warning in seen])
             assert adapted.peft_config["default"].fan_in_fan_out is False
         assert len(said[0]) == 1
