@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from tunerkit import naming
 from tunerkit.errors import AdapterNameError, ConfigError
 
-ids = st.from_regex(r"[a-z0-9]+(-[a-z0-9]+){0,3}", fullmatch=True).filter(lambda text: not text.startswith("tunerkit-"))
+ids = st.from_regex(r"[a-z0-9]{1,24}(-[a-z0-9]{1,24}){0,3}", fullmatch=True).filter(
+    lambda text: not text.startswith("tunerkit-")
+)
 
 
 class TestMethodNames:

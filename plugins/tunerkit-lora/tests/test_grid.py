@@ -112,7 +112,6 @@ OPTIONS = {
     "ia3 and modules_to_save": lambda: ia3(modules_to_save=["lm_head"]),
 }
 BIASES = ("bias='all'", "bias='lora_only'")
-COPIES = ("modules_to_save", "tied copies", "ia3 and modules_to_save")
 FIRSTS = (
     "plain", "bias='all'", "use_dora", "modules_to_save", "target_parameters", "layer_replication", "tied targets"
 )  # fmt: skip
@@ -541,15 +540,10 @@ BESIDE = (switch, together, rows, beside_merged, delete, save_both, combine)
 
 def refusal(call, first, second=None):
     """Return what a refusal says, or None where the call is to do what it says."""
-    of_biases, of_copies = "bias=", "modules_to_save="
     if second is None:
         found = {
-            swap: {
-                **dict.fromkeys(BIASES, of_biases),
-                **dict.fromkeys(COPIES, of_copies),
-                "pissa_niter": "is a LoraAdapter there and a AnchoredLora here",
-            },
-            inject: dict.fromkeys(BIASES, of_biases),
+            swap: {"pissa_niter": "is a LoraAdapter there and a AnchoredLora here"},
+            inject: dict.fromkeys(BIASES, "bias="),
             rescale: dict.fromkeys(("ia3", "ia3 and modules_to_save"), "holds no LoRA adapter"),
         }
         return found.get(call, {}).get(first)
