@@ -400,6 +400,16 @@ class TestCard:
             get_peft_model(base, PAIRS["ia3"][1]()).create_or_update_model_card(tmp_path)
             assert read_head(tmp_path) == {"library_name": "peft", "tags": ["mine"]}
 
+    def test_a_folder_of_this_machine_which_peft_names(self, tmp_path):
+        heads = []
+        for place, library, config in (("mine", tunerkit, PAIRS["lora"][1]), ("theirs", peft, PAIRS["lora"][0])):
+            base = make_base()
+            base.name_or_path = str(tmp_path)
+            library.get_peft_model(base, config()).create_or_update_model_card(tmp_path / place)
+            heads.append(read_head(tmp_path / place))
+        assert heads[0] == {"library_name": "peft", "tags": ["lora"]}
+        assert heads[1] == {"library_name": "peft", "tags": [f"base_model:adapter:{tmp_path}", "lora"]}
+
     def test_a_card_that_cannot_be_written_loses_no_checkpoint(self, tmp_path):
         (tmp_path / "README.md").mkdir()
         model = get_peft_model(make_base(), PAIRS["lora"][1]())

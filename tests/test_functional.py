@@ -174,11 +174,22 @@ class TestStateDict:
         assert len(report.mismatched_keys) == 1
         assert torch.equal(model.get_base_model()[0].lora_A["a"].weight, torch.ones(2, 3))
 
-    def test_given_dict_is_not_changed(self, model):
-        state = get_peft_model_state_dict(model, adapter_name="a")
-        given = dict(state)
-        set_peft_model_state_dict(model, given, "a")
-        assert list(given) == list(state)
+    def test_given_dict_is_not_changed(self):
+        """With modules to save PEFT used to rename keys of the dict itself."""
+        peft = pytest.importorskip("peft", reason="comparing with PEFT needs it")
+        config = lora("0", modules_to_save=["2"])
+        for library, same in ((tunerkit, config), (peft, peft.get_peft_config(config.to_dict()))):
+            model = library.get_peft_model(make_base(), same, "one")
+            state = library.get_peft_model_state_dict(model, adapter_name="one")
+            assert "base_model.model.2.weight" in state
+            given = {key: torch.randn_like(tensor) for key, tensor in state.items()}
+            before = dict(given)
+            library.set_peft_model_state_dict(model, given, "one")
+            assert list(given) == list(before)
+            assert all(given[key] is tensor for key, tensor in before.items())
+            assert torch.equal(
+                model.get_base_model()[2].modules_to_save["one"].weight, given["base_model.model.2.weight"]
+            )
 
     def test_unknown_adapter(self, model):
         for call in (get_peft_model_state_dict, lambda m, adapter_name: set_peft_model_state_dict(m, {}, adapter_name)):

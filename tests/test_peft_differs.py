@@ -19,6 +19,7 @@ from tunerkit.errors import (
     LoadWarning,
     TargetError,
     TargetWarning,
+    UnsupportedSiteError,
 )
 from tunerkit.testing.parity import Pair, assert_close, peft_config, quiet, run
 from tunerkit_ia3 import IA3Config
@@ -220,9 +221,9 @@ class TestAttaching:
         with pytest.raises(TargetError, match="head"):
             adapted(tunerkit, first, model).add_adapter("second", second)
 
-    @pytest.mark.parametrize("name", ["a/b", "keys"])
+    @pytest.mark.parametrize("name", ["a/b", "a\\b", "a\nb", 101 * "a", "a.b", "training", "keys"])
     def test_names(self, name):
-        if name == "a/b":
+        if name not in {"a.b", "training", "keys"}:
             adapted(peft, adapter_name=name)
         else:
             with pytest.raises(KeyError):
@@ -417,6 +418,63 @@ class TestStarts:
             layer = adapted(library, config, nn.Sequential(conv1d(5, 6))).get_base_model()[0]
             shapes.append((tuple(layer.lora_A["default"].weight.shape), tuple(layer.lora_B["default"].weight.shape)))
         assert shapes[0] == ((2, 6), (5, 2)) != shapes[1]
+
+    @pytest.mark.parametrize(
+        ("start", "layer", "targets"),
+        [
+            ("eva", nn.MultiheadAttention(8, 2), {"target_modules": ["0"]}),
+            ("eva", nn.Linear(8, 6), {"target_parameters": ["0.weight"]}),
+            ("orthogonal", nn.Linear(8, 6), {"target_parameters": ["0.weight"]}),
+        ],
+    )
+    @pytest.mark.filterwarnings(
+        "ignore:`init_lora_weights` is 'eva':UserWarning", "ignore:lora with eva init"
+    )  # PEFT's
+    def test_layers_that_have_no_such_start(self, start, layer, targets, tmp_path):
+        rows = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+
+        def call(model):
+            return model(rows) if isinstance(layer, nn.Linear) else model(rows, rows, rows)[0]
+
+        config = peft.LoraConfig(r=2, init_lora_weights=start, **targets)
+        theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), config).eval()
+        with torch.no_grad():
+            for name, tensor in theirs.named_parameters():
+                if "lora_" in name:
+                    tensor.normal_()
+        theirs.save_pretrained(tmp_path)
+        with pytest.raises(UnsupportedSiteError, match=f"init_lora_weights='{start}'"):
+            tunerkit.PeftModel.from_pretrained(nn.Sequential(copy.deepcopy(layer)), tmp_path)
+        plain = LoraConfig(r=2, **targets)
+        ours = tunerkit.PeftModel.from_pretrained(nn.Sequential(copy.deepcopy(layer)), tmp_path, config=plain)
+        found = call(ours.get_base_model()[0])
+        assert_close(found, call(theirs.get_base_model()[0]))
+        assert (found - call(layer)).abs().max() > 1e-3
+
+    def test_orthogonal_factors_of_a_stack(self):
+        """PEFT makes as few rows as for one matrix."""
+
+        class Experts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(3, 8, 8))
+
+            def forward(self, x):
+                return x @ self.weight[0]
+
+        config = {"r": 2, "init_lora_weights": "orthogonal", "target_parameters": ["0.weight"]}
+        theirs = peft.get_peft_model(nn.Sequential(Experts()), peft.LoraConfig(**config))
+        with pytest.raises(RuntimeError, match="invalid for input of size"):
+            theirs(torch.randn(5, 8))
+        with pytest.raises(UnsupportedSiteError, match="init_lora_weights='orthogonal'"):
+            tunerkit.get_peft_model(nn.Sequential(Experts()), LoraConfig(**config))
+
+    def test_dora_on_a_convolution_with_groups(self):
+        config = {"r": 2, "use_dora": True, "target_modules": ["0"]}
+        with pytest.warns(UserWarning, match="groups"):
+            peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), peft.LoraConfig(**config))
+        with pytest.raises(UnsupportedSiteError, match="groups"):
+            tunerkit.get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), LoraConfig(**config))
 
     def test_the_initial_folder(self, tmp_path):
         config = LoraConfig(r=2, target_modules=["first"], init_lora_weights="pissa")

@@ -287,10 +287,27 @@ class TestCastMixedPrecision:
         assert mine(torch.ones(1, 3, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
     def test_integers_stay(self):
-        model = nn.Linear(3, 3)
-        model.weight = nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
-        cast_mixed_precision_params(model, torch.float16)
-        assert model.weight.dtype is torch.uint8
+        """PEFT makes numbers of them."""
+        peft = pytest.importorskip("peft", reason="comparing with PEFT needs it")
+        for cast, expected in (
+            (cast_mixed_precision_params, torch.uint8),
+            (peft.cast_mixed_precision_params, torch.float16),
+        ):
+            model = nn.Linear(3, 3)
+            model.weight = nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+            cast(model, torch.float16)
+            assert model.weight.dtype is expected
+
+    def test_of_a_merged_model_which_peft_casts(self):
+        """What unmerging gives back there is not what would have been cast."""
+        peft = pytest.importorskip("peft", reason="comparing with PEFT needs it")
+        theirs = peft.get_peft_model(nn.Sequential(nn.Linear(3, 3)), peft.LoraConfig(target_modules=["0"], r=2))
+        torch.nn.init.normal_(theirs.base_model.model[0].lora_B["default"].weight)
+        before = theirs.base_model.model[0].weight.detach().bfloat16()
+        theirs.merge_adapter()
+        peft.cast_mixed_precision_params(theirs, torch.bfloat16)
+        theirs.unmerge_adapter()
+        assert not torch.equal(theirs.base_model.model[0].weight, before)
 
     def test_refusals(self):
         model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(target_modules=["0"], r=2))

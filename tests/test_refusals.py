@@ -136,7 +136,7 @@ class TestNamesOfThePackage:
     def test_config(self):
         words = (
             "tunerkit has no 'LoraConfig'. A method's config comes from its package, `from tunerkit_<method> import "
-            f"...` (installed: {self.MODULES})."
+            f"...` (installed: {self.MODULES}). docs/differences.md lists what PEFT has and this version has not."
         )
         assert "tunerkit_lora" in words
         assert refusal(lambda: tunerkit.LoraConfig, error=AttributeError) == words
@@ -147,15 +147,26 @@ class TestNamesOfThePackage:
 
     def test_config_where_no_method_is_installed(self, monkeypatch):
         monkeypatch.setattr(plugins, "method_ids", list)
-        assert refusal(lambda: tunerkit.LoraConfig, error=AttributeError).endswith("(installed: none).")
+        assert refusal(lambda: tunerkit.LoraConfig, error=AttributeError) == (
+            "tunerkit has no 'LoraConfig'. A method's config comes from its package, `from tunerkit_<method> import "
+            "...` (installed: none). docs/differences.md lists what PEFT has and this version has not."
+        )
+
+    def test_a_methods_model_class(self):
+        words = "tunerkit has no 'LoraModel'. A method's model class comes from its package, `from tunerkit_<method> im"
+        assert refusal(lambda: tunerkit.LoraModel, error=AttributeError).startswith(words)
 
     def test_others(self):
         message = "tunerkit has no 'get_peft_modle'. Closest: 'get_peft_model'"
         assert refusal(lambda: tunerkit.get_peft_modle, error=AttributeError).startswith(message)
-        assert refusal(lambda: tunerkit.AutoPeftModelForCausalLM, error=AttributeError).startswith(
-            "tunerkit has no 'AutoPeftModelForCausalLM'. Closest: 'PeftModelForCausalLM'"
+        for name in ("AutoPeftModel", "AutoPeftModelForCausalLM"):
+            assert refusal(lambda name=name: getattr(tunerkit, name), error=AttributeError) == (
+                f"tunerkit has no {name!r}. Load the base model with its own library, and pass it to "
+                "PeftModel.from_pretrained(model, folder)."
+            )
+        assert refusal(lambda: tunerkit.qqqq, error=AttributeError) == (
+            "tunerkit has no 'qqqq'. docs/differences.md lists what PEFT has and this version has not."
         )
-        assert refusal(lambda: tunerkit.qqqq, error=AttributeError) == "tunerkit has no 'qqqq'."
 
     def test_modules_are_still_found(self):
         code = "from tunerkit import folding, plan, sites; from tunerkit import demo; print(sites.__name__)"

@@ -117,11 +117,17 @@ def _missing(name: str) -> str:
     from tunerkit.naming import closest, listing, module_name  # noqa: PLC0415 - for this message alone
     from tunerkit.plugins import method_ids  # noqa: PLC0415 - the same
 
-    if name.endswith("Config"):
+    missing = f"tunerkit has no {name!r}."
+    if name.startswith("AutoPeftModel"):
+        call = "PeftModel.from_pretrained(model, folder)"
+        return f"{missing} Load the base model with its own library, and pass it to {call}."
+    account = "docs/differences.md lists what PEFT has and this version has not."
+    what = next((what for end, what in (("Config", "config"), ("Model", "model class")) if name.endswith(end)), None)
+    if what is not None:
         modules = ", ".join(map(module_name, method_ids())) or "none"
-        return (
-            f"tunerkit has no {name!r}. A method's config comes from its package, `from tunerkit_<method> import ...` "
-            f"(installed: {modules})."
+        package = (
+            f"A method's {what} comes from its package, `from tunerkit_<method> import ...` (installed: {modules})."
         )
+        return f"{missing} {package} {account}"
     near = closest(name, __all__)
-    return f"tunerkit has no {name!r}." + (f" Closest: {listing(near)}." if near else "")
+    return f"{missing} Closest: {listing(near)}. {account}" if near else f"{missing} {account}"

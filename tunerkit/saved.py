@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -66,18 +67,26 @@ class SavedAdapter:
 
     def check_same(self, config: PeftConfig, name: str) -> None:
         """Raise `AdapterNameError` unless the checkpoint is of an adapter with the same config."""
+        differing = self._differing(config)
+        if differing:
+            source = f"{self.source[0].lower()}{self.source[1:]}"
+            found = f"the config of {source} differs"
+            with contextlib.suppress(ConfigError):  # the method has no such form
+                if not self._differing(config.standalone()):
+                    found = f"{source} has the config of its standalone form, a plain adapter that holds the start too"
+            msg = (
+                f"There is an adapter {name!r} already, and {found} ({'; '.join(differing[:4])}). Choose another "
+                "name, or delete that adapter first."
+            )
+            raise AdapterNameError(msg)
+
+    def _differing(self, config: PeftConfig) -> list[str]:
         ours, theirs = config.to_dict(), self.config.to_dict()
-        differing = [
+        return [
             f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
             for key in {**ours, **theirs}
             if key not in _ACCOUNT and ours.get(key) != theirs.get(key)
         ]
-        if differing:
-            msg = (
-                f"There is an adapter {name!r} already, and the config of {self.source[0].lower()}{self.source[1:]} "
-                f"differs ({'; '.join(differing[:4])}). Choose another name, or delete that adapter first."
-            )
-            raise AdapterNameError(msg)
 
     def _check_no_meta(self, model: nn.Module, name: str, report: LoadReport) -> None:
         tuner = find_tuner(model)

@@ -31,12 +31,13 @@ def standalone(
         name: Its name.
         config: Its config.
         tensors: Its tensors by their keys in a checkpoint.
-        initial_folder: Where it was saved before training; it is only read. None if the adapter itself knows.
+        initial_folder: Where it was saved before training; it is only read. It is not needed, and not looked at, of an
+            adapter that is always saved so: what was saved before training has this form too.
 
     Raises:
         ConfigError: The method has no such form.
         CheckpointError: The initial adapter cannot be read, or is not this one's.
     """
     converted = config.standalone()
-    initial = None if initial_folder is None else read_checkpoint(initial_folder).tensors
+    initial = None if initial_folder is None or config.saved_standalone else read_checkpoint(initial_folder).tensors
     return converted, make_standalone(pieces_of(model, name), tensors, initial)

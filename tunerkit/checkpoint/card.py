@@ -57,7 +57,7 @@ class Card:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write a folder's model card, or bring the one that is there up to date, whole or not at all.
+    """Write a folder's model card, or bring the one that is there up to date, whole or not at all; make the folder.
 
     Raises:
         OSError: It cannot be read or written.
@@ -72,6 +72,7 @@ def write_card(folder: Path, card: Card) -> None:
     text = render(card) if old is None else update(old.replace("\r\n", "\n"), card)
     if text.replace("\n", newline) == old:
         return
+    folder.mkdir(parents=True, exist_ok=True)
     new = folder / temporary(CARD_NAME, uuid.uuid4().hex)
     try:
         with new.open("xb") as file:

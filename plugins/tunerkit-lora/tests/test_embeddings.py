@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import tunerkit
 from tunerkit import (
     PeftModel,
     get_peft_model,
@@ -220,11 +221,14 @@ class TestRefusals:
 
 
 def test_merged_is_saved_as_it_was(base):
-    model = get_peft_model(base, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
-    own = base.lm_head.base_layer.weight.detach().clone()
-    model.merge_adapter()
-    state = get_peft_model_state_dict(model, save_embedding_layers=True)
-    assert torch.equal(state["base_model.model.lm_head.base_layer.weight"], own)
+    """In PEFT the merged weight is saved, and the adapter, loaded on it, counts twice."""
+    config = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    own = base.lm_head.weight.detach().clone()
+    for library, given, same in ((tunerkit, config, True), (peft, peft_config(config), False)):
+        model = library.get_peft_model(copy.deepcopy(base), given)
+        model.merge_adapter()
+        state = library.get_peft_model_state_dict(model, save_embedding_layers=True)
+        assert torch.equal(state["base_model.model.lm_head.base_layer.weight"], own) == same
 
 
 def test_a_copied_embedding_is_saved_once(base, tmp_path):

@@ -394,6 +394,25 @@ def test_too_few_rows(base):
         get_eva_state_dict(base, batches(rows=1, length=6), eva(), show_progress_bar=False)
 
 
+def test_too_few_rows_with_which_peft_goes_on_for_ever(base):
+    calls = []
+
+    def give_up(*_):
+        calls.append(1)
+        if len(calls) > 50:
+            raise TimeoutError
+
+    base.register_forward_pre_hook(give_up)
+    given, rank = batches(rows=1, length=6), {"r": 3, "target_modules": TARGETS, "init_lora_weights": "eva"}
+    theirs = peft.LoraConfig(**rank, eva_config=peft.EvaConfig())
+    with pytest.raises(TimeoutError):
+        peft.get_eva_state_dict(base, given, theirs, show_progress_bar=False)
+    calls.clear()
+    with pytest.raises(ConfigError, match="No batch has as many rows"):
+        get_eva_state_dict(base, given, LoraConfig(**rank), show_progress_bar=False)
+    assert len(calls) <= len(given)
+
+
 def test_functions_for_layers_that_are_not_looked_at(base):
     with pytest.raises(ConfigError, match="prepare_layer_inputs_fn has 'nowhere', which are not looked at; 'wide'"):
         get_eva_state_dict(base, batches(), eva(), prepare_layer_inputs_fn={"nowhere": None}, show_progress_bar=False)

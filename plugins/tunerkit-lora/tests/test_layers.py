@@ -171,6 +171,22 @@ class TestScale:
         layer.set_scale("default", 2)
         assert layer.scaling["default"] == 6
 
+    def test_while_merged_spoils_the_base_in_peft(self, layers, theirs):
+        """The output stays, and unmerging takes off the update of the new scale, which was never added."""
+        x = torch.randn(5, 4)
+        ours, peft_layer = layers["linear"], theirs["linear"]
+        nn.init.normal_(peft_layer.lora_B["default"].weight)
+        weight = peft_layer.weight.detach().clone()
+        for layer in (ours, peft_layer):
+            layer.merge()
+        before = peft_layer(x)
+        peft_layer.set_scale("default", 2)
+        assert torch.equal(peft_layer(x), before)
+        peft_layer.unmerge()
+        assert (peft_layer.weight - weight).abs().max() > 1e-3
+        with pytest.raises(AdapterStateError, match=r"Call unmerge_adapter\(\) first"):
+            ours.set_scale("default", 2)
+
     def test_all_or_none_of_the_active_ones(self, model, layers):
         layer = layers["linear"]
         model.base_model.set_adapter(["default", "other"])

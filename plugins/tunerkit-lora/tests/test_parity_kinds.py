@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 
 import pytest
@@ -219,6 +220,18 @@ class TestTransposedLinear:
         )
         layer = Around(Conv1D(outputs, inputs))
         check_parity(layer, config, {"x": torch.randn(2, 3, inputs)}, tmp_path_factory.mktemp("parity"))
+
+    def test_layers_of_both_orientations_for_each_of_which_peft_corrects_it(self):
+        model = nn.Sequential(nn.Linear(4, 4), Conv1D(4, 4), nn.Linear(4, 4))
+        config = LoraConfig(r=2, fan_in_fan_out=True, target_modules=["0", "1", "2"])
+        said = []
+        for library, same in ((tunerkit, config), (peft, peft_config(config))):
+            with pytest.warns(UserWarning, match="fan_in_fan_out") as seen:
+                adapted = library.get_peft_model(copy.deepcopy(model), same)
+            said.append([str(warning.message) for warning in seen])
+            assert adapted.peft_config["default"].fan_in_fan_out is False
+        assert len(said[0]) == 1
+        assert [re.search("etting .* to (True|False)", text)[1] for text in said[1]] == ["False", "True", "False"]
 
     @pytest.mark.parametrize(
         ("layer", "says", "ours", "theirs"),

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tunerkit
-from tunerkit.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from tunerkit.errors import AdapterNameError, CheckpointError, CheckpointNotFoundError
 from tunerkit.testing.parity import assert_close, plain_settings, run
-from tunerkit_lora import LoraConfig
+from tunerkit_lora import LoraConfig, initialize_lora_eva_weights
 
 peft = pytest.importorskip("peft", reason="comparing with PEFT needs it: pip install peft")
 
@@ -32,6 +32,7 @@ def base():
 
 
 X = {"x": torch.randn(5, 6, generator=torch.Generator().manual_seed(1))}
+ROWS = {"x": torch.randn(20, 6, generator=torch.Generator().manual_seed(2))}
 
 
 def lora(init="pissa", **settings):
@@ -76,6 +77,44 @@ def test_the_files_are_pefts(base, init, settings, tmp_path):
     for folder in (tmp_path / "ours" / "final", tmp_path / "theirs" / "final"):
         assert_close(run(tunerkit.PeftModel.from_pretrained(copy.deepcopy(base), folder), X), expected)
         assert_close(run(peft.PeftModel.from_pretrained(copy.deepcopy(base), folder), X), expected)
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False")  # PEFT's advice
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_rslora": True, "rank_pattern": {"wide": 4}}])
+@pytest.mark.parametrize(
+    "init", [True, "gaussian", "pissa", "pissa_niter_2", "olora", "orthogonal", "eva", "eva, looked at data", "mica"]
+)
+def test_what_a_script_of_pefts_saves_loads_there_whatever_the_start(base, init, settings, tmp_path):
+    name = init.partition(",")[0] if isinstance(init, str) else init
+    model = tunerkit.get_peft_model(copy.deepcopy(base), lora(name, **settings))
+    if name != init:
+        initialize_lora_eva_weights(model, [ROWS], prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None)
+    expected = saved_twice(model, tmp_path)
+    assert (expected - run(base, X)).abs().max() > 1e-3
+    assert tunerkit.PeftConfig.from_pretrained(tmp_path / "final").init_lora_weights is True
+    assert_close(run(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "final"), X), expected)
+    assert_close(run(tunerkit.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "final"), X), expected)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_2", "pissa"])
+def test_its_files_are_not_put_back_into_the_adapter_itself(base, init, tmp_path):
+    model = tunerkit.get_peft_model(base, lora(init))
+    expected = saved_twice(model, tmp_path)
+    with pytest.raises(AdapterNameError) as error:
+        model.load_adapter(tmp_path / "final", "default")
+    assert str(error.value) == (
+        f"There is an adapter 'default' already, and the checkpoint in {str(tmp_path / 'final')!r} has the config of "
+        "its standalone form, a plain adapter that holds the start too (r: 4 there, 2 here; lora_alpha: 12 there, 6 "
+        f"here; init_lora_weights: True there, {init!r} here). Choose another name, or delete that adapter first."
+    )
+    assert torch.equal(run(model, X), expected)
+    model.load_adapter(tmp_path / "final", "other")
+    model.set_adapter("other")
+    assert_close(run(model, X), expected)
+    model.delete_adapter("default")
+    model.load_adapter(tmp_path / "final", "default")
+    model.set_adapter("default")
+    assert_close(run(model, X), expected)
 
 
 def test_the_initial_folder_and_the_model_stay_as_they_are(base, tmp_path):
@@ -128,6 +167,19 @@ def test_other_layers(settings, tmp_path):
     assert loaded.peft_config["default"].r == 4
     assert (model(x) - base(x)).abs().max() > 1e-3
     assert_close(loaded(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:(Using Rank-Stabilized LoRA with|PiSSA changes the base weights)")  # PEFT's
+@pytest.mark.parametrize("pattern", [{"alpha_pattern": {"wide": 3}}, {"rank_pattern": {"wide": 3}}])
+def test_patterns_with_rank_stabilised_scaling(base, pattern, tmp_path):
+    # PEFT refuses it when the adapter has been trained already, since it doubles alphas that the root of two is for.
+    expected = saved_twice(tunerkit.get_peft_model(copy.deepcopy(base), lora(use_rslora=True, **pattern)), tmp_path)
+    assert (expected - run(base, X)).abs().max() > 1e-3
+    for library in (tunerkit, peft):
+        assert_close(run(library.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "final"), X), expected)
+    theirs = peft.get_peft_model(base, peft.get_peft_config(lora(use_rslora=True, **pattern).to_dict()))
+    with pytest.raises(ValueError, match="use_rslora=True"):
+        saved_twice(theirs, tmp_path / "theirs")
 
 
 def test_an_embedding(tmp_path):
@@ -195,16 +247,6 @@ def test_an_adapter_of_other_layers(base, tmp_path):
     model = tunerkit.get_peft_model(base, lora())
     assert "lora_A.weight is (2, 6), and the initial adapter lacks it." in refused(
         model, tmp_path, tmp_path / "initial", CheckpointError
-    )
-
-
-def test_patterns_with_rank_stabilised_scaling(base, tmp_path):
-    config = lora(use_rslora=True, rank_pattern={"wide": 3})
-    model = tunerkit.get_peft_model(base, config)
-    model.save_pretrained(tmp_path / "initial")
-    assert refused(model, tmp_path, tmp_path / "initial", ConfigError) == (
-        "An adapter with use_rslora=True and a rank_pattern or alpha_pattern cannot be converted to one of twice the "
-        "rank, as in PEFT. Leave path_initial_model_for_weight_conversion out."
     )
 
 

@@ -241,23 +241,13 @@ class LoraConfig(PeftConfig):
         return str(self.init_lora_weights).startswith("pissa_niter_")
 
     def standalone(self) -> Self:
-        """Return the config of a plain adapter of twice the rank, with the same scale.
-
-        Raises:
-            ConfigError: Ranks or alphas of single modules stand beside `use_rslora`, so that PEFT could not say it.
-        """
-        if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
-            msg = (
-                "An adapter with use_rslora=True and a rank_pattern or alpha_pattern cannot be converted to one of "
-                "twice the rank, as in PEFT. Leave path_initial_model_for_weight_conversion out."
-            )
-            raise ConfigError(msg)
-        changed = self.copy()
+        """Return the config of a plain adapter of twice the rank, with the same scale at every module."""
+        changed, factor = self.copy(), math.sqrt(2) if self.use_rslora else 2
         changed.init_lora_weights, changed.eva_config = True, None
         changed.r *= 2
-        changed.lora_alpha *= math.sqrt(2) if self.use_rslora else 2
+        changed.lora_alpha *= factor
         changed.rank_pattern = {name: 2 * rank for name, rank in (self.rank_pattern or {}).items()}
-        changed.alpha_pattern = {name: 2 * alpha for name, alpha in (self.alpha_pattern or {}).items()}
+        changed.alpha_pattern = {name: factor * alpha for name, alpha in (self.alpha_pattern or {}).items()}
         return changed
 
     def rank_for(self, name: str) -> int:
