@@ -294,22 +294,22 @@ def tuner_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Bas
 
     Below such a layer only its base layer is looked into: it may be another one, or hold others.
     """
-    return _walk(module, prefix, set())
+    found: list[tuple[str, BaseTunerLayer]] = []
+    _find_layers(module, prefix, set(), found)
+    return iter(found)
 
 
-def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, BaseTunerLayer]]:
+def _find_layers(module: nn.Module, prefix: str, seen: set[int], found: list[tuple[str, BaseTunerLayer]]) -> None:
     if id(module) in seen:
         return
     seen.add(id(module))
+    children = module._modules
     if isinstance(module, BaseTunerLayer):
-        yield prefix, module
-        base = module._modules.get(module.base_name)
-        if base is not None and (base._modules or isinstance(base, BaseTunerLayer)):
-            yield from _walk(base, f"{prefix}.{module.base_name}" if prefix else module.base_name, seen)
-        return
-    for name, child in module._modules.items():
+        found.append((prefix, module))
+        children = {module.base_name: children.get(module.base_name)}
+    for name, child in children.items():
         if child is not None and (child._modules or isinstance(child, BaseTunerLayer)):
-            yield from _walk(child, f"{prefix}.{name}" if prefix else name, seen)
+            _find_layers(child, f"{prefix}.{name}" if prefix else name, seen, found)
 
 
 def original(model: nn.Module) -> nn.Module:

@@ -111,15 +111,15 @@ class Plan:
         left += [("exclude_modules", entry) for entry, count in self.exclusions.items() if not count]
         left += [("modules_to_save", entry) for entry in self.unsaved]
         sentences = [f"{entry!r} in {where} matches nothing{closest_to(entry, names)}" for where, entry in left]
-        for unused in (entry for entry, count in self.layers.items() if not count):
-            where = "layers_pattern" if isinstance(unused, str) else "layers_to_transform"
-            sentences.append(f"{unused!r} in {where} matches no layer with targeted modules")
-        adapted = [_settings_name(target) for target in self.targets]
+        for layer in (entry for entry, count in self.layers.items() if not count):
+            where = "layers_pattern" if isinstance(layer, str) else "layers_to_transform"
+            sentences.append(f"{layer!r} in {where} matches no layer with targeted modules")
+        unused = [
+            (where, entry) for where, counts in self.patterns.items() for entry, count in counts.items() if not count
+        ]
+        adapted = [_settings_name(target) for target in self.targets] if unused else []
         return sentences + [
-            f"{entry!r} in {where} fits no adapted module{closest_to(entry, adapted)}"
-            for where, counts in self.patterns.items()
-            for entry, count in counts.items()
-            if not count
+            f"{entry!r} in {where} fits no adapted module{closest_to(entry, adapted)}" for where, entry in unused
         ]
 
     def __str__(self) -> str:

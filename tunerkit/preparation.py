@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -13,9 +13,13 @@ from tunerkit.errors import AdapterStateError, ConfigError, KeywordWarning
 from tunerkit.journal import Journal
 from tunerkit.layer import tuner_layers
 from tunerkit.model_config import embedding_layers
+from tunerkit.modules import modules_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+
+Hook: TypeAlias = tuple[nn.Module, int]
+"""A forward hook: the module on which it is, and the number that torch gave it there."""
 
 _KEPT_AS_STORED = ("aqlm", "eetq", "gptq", "hqq", "torchao")
 """The ways of storing a model's weights (transformers' `quantization_method`) whose other tensors keep their dtype."""
@@ -37,14 +41,31 @@ def prepare_model_for_gradient_checkpointing(model: nn.Module) -> nn.Module:
     Returns:
         `model`.
     """
+    add_input_hooks(model)
+    return model
+
+
+def add_input_hooks(model: nn.Module) -> list[Hook]:
+    """Do what `prepare_model_for_gradient_checkpointing` does, and return the hooks that it puts on modules."""
     quantised = any(getattr(model, flag, False) for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
     if quantised or not any(hasattr(model, call) for call in ("enable_input_require_grads", "get_input_embeddings")):
-        return model
+        return []
+    before = _forward_hooks(model)
     with Journal() as journal:
-        for module in model.modules():
-            journal.note_module(module)
+        journal.note_module(model)
+        journal.note(lambda: remove_hooks(_forward_hooks(model) - before))
         enable_input_gradients(model)
-    return model
+    return [*(_forward_hooks(model) - before)]
+
+
+def remove_hooks(hooks: Iterable[Hook]) -> None:
+    """Take forward hooks off the modules on which they are."""
+    for module, number in hooks:
+        module._forward_hooks.pop(number, None)
+
+
+def _forward_hooks(model: nn.Module) -> set[Hook]:
+    return {(module, number) for module in modules_in(model) for number in module._forward_hooks}
 
 
 def enable_input_gradients(model: Any) -> None:
@@ -58,11 +79,6 @@ def enable_input_gradients(model: Any) -> None:
 
 def _require_gradient(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
     output.requires_grad_()
-
-
-def forward_hooks(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """Return the forward hooks of a model's modules: each module with the number that torch gave to the hook."""
-    return [(module, number) for module in model.modules() for number in module._forward_hooks]
 
 
 def checkpoints_gradients(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from tunerkit.modules import modules_in
 from tunerkit.names import RESERVED_NAMES
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
-from tunerkit.preparation import checkpoints_gradients, forward_hooks, prepare_model_for_gradient_checkpointing
+from tunerkit.preparation import add_input_hooks, checkpoints_gradients
 from tunerkit.saved import SavedAdapter, config_to_save, metadata, refuse_offload, write_model_card
 from tunerkit.standalone import standalone
 from tunerkit.tuner import BaseTuner
@@ -111,9 +111,7 @@ class StoredModel(nn.Module):
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Let gradients flow through checkpointed blocks; see `tunerkit.preparation`. Done at attaching if they are."""
-        before = forward_hooks(model)
-        prepare_model_for_gradient_checkpointing(model)
-        self.base_model.hooks += [hook for hook in forward_hooks(model) if hook not in before]
+        self.base_model.hooks += add_input_hooks(model)
 
     def _prepare_if_checkpointed(self) -> None:
         model = self.get_base_model()

@@ -304,7 +304,9 @@ def untied(first: str, second: str) -> str:
 def _replace(item: _Assignment, own: Tensor, journal: Journal, made: dict[int, nn.Parameter]) -> None:
     """Put a tensor with the values in the place of one on the meta device; the same in all places of that."""
     parent, _, leaf = item.piece.named(item.local).rpartition(".")
-    module = item.piece.holder.get_submodule(parent)
+    module = item.piece.holder
+    for child in parent.split(".") if parent else ():
+        module = module._modules[child]  # type: ignore[assignment]
     device = _device_of(item.piece.holder)
     value = item.value.to(device=device, dtype=own.dtype, copy=True)
     if isinstance(own, nn.Parameter):
@@ -317,6 +319,8 @@ def _replace(item: _Assignment, own: Tensor, journal: Journal, made: dict[int, n
 
 
 def _device_of(holder: nn.Module) -> torch.device:
+    if isinstance(holder, AdaptedLayer) and not holder.site.stored.is_meta:
+        return holder.site.device
     base: Iterator[Tensor] = (
         holder.get_base_layer().parameters() if isinstance(holder, AdaptedLayer) else holder.parameters()
     )
