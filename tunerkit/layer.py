@@ -223,16 +223,13 @@ class BaseTunerLayer(metaclass=MethodMeta):
         """
         if enabled == (not self._disable_adapters):
             return
-        if enabled:
-            for tensor in self._trained_before or ():
-                tensor.requires_grad_()
-            self._trained_before = None
-        else:
+        before = self._trained_before or []
+        if not enabled:
             tensors = (tensor for name in self.available_adapters for tensor in self.trainable_tensors(name))
-            self._trained_before = [tensor for tensor in tensors if tensor.requires_grad]
-            for tensor in self._trained_before:
-                tensor.requires_grad = False
-        self._disable_adapters = not enabled
+            before = [tensor for tensor in tensors if tensor.requires_grad]
+        for tensor in before:
+            tensor.requires_grad = enabled
+        self.__dict__.update(_trained_before=None if enabled else before, _disable_adapters=not enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from the layer.

@@ -32,29 +32,26 @@ def set_mode(module: nn.Module, mode: bool) -> None:
 def modules_in(module: nn.Module) -> list[nn.Module]:
     """Return a module and those below it; one that stands at two places comes twice."""
     found = [module]
-    for child in module._modules.values():
-        if child is not None:
-            found += modules_in(child)
+    for one in found:  # which grows meanwhile
+        if one._modules:
+            found += [child for child in one._modules.values() if child is not None]
     return found
 
 
 def parameters_in(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module and of those below it; one that stands at two places comes twice."""
-    found = [parameter for parameter in module._parameters.values() if parameter is not None]
-    for child in module._modules.values():
-        if child is not None:
-            found += parameters_in(child)
-    return found
+    return [value for one in modules_in(module) for value in one._parameters.values() if value is not None]
 
 
 def tensors_in(module: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers of a module and of those below it; one at two places comes twice."""
-    found: list[Tensor] = [parameter for parameter in module._parameters.values() if parameter is not None]
-    found += [buffer for buffer in module._buffers.values() if buffer is not None]
-    for child in module._modules.values():
-        if child is not None:
-            found += tensors_in(child)
-    return found
+    return [
+        value
+        for one in modules_in(module)
+        for held in (one._parameters, one._buffers)
+        for value in held.values()
+        if value is not None
+    ]
 
 
 def frozen_keys(module: nn.Module) -> frozenset[str]:
