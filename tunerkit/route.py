@@ -153,16 +153,31 @@ def leave_call(owner: Owner, outputs: Any, active: tuple[str, ...]) -> None:
     hold_in_backward(outputs, owner, current(owner), active)
 
 
+class CallHook:
+    """What a block hangs on a model, for the calls of its own thread; it is no part of the model."""
+
+    __slots__ = ("act", "thread")
+
+    def __init__(self, thread: object, act: Callable[..., None]) -> None:
+        self.thread = thread
+        self.act = act
+
+    def __call__(self, *args: Any) -> None:
+        """Act, unless it is another thread's call that comes by."""
+        if not torch.compiler.is_compiling() and CALL.thread is self.thread:
+            self.act(*args)
+
+
 @contextlib.contextmanager
 def hold_routes(model: nn.Module, owner: Owner, active: Callable[[], tuple[str, ...]]) -> Iterator[None]:
     """Within the block, the outputs of the model's calls hold their route for the backward, if there can be one."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return
-    hooks = (
-        model.register_forward_pre_hook(lambda _module, _args: enter_call(owner)),
-        model.register_forward_hook(lambda _module, _args, outputs: leave_call(owner, outputs, active())),
-    )
+    thread = CALL.thread
+    enter = CallHook(thread, lambda *_: enter_call(owner))
+    leave = CallHook(thread, lambda _module, _args, outputs: leave_call(owner, outputs, active()))
+    hooks = model.register_forward_pre_hook(enter), model.register_forward_hook(leave)
     try:
         yield
     finally:
