@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import threading
 import traceback
@@ -91,12 +90,10 @@ def served(net, kind):
     """Return a model with an adapter for each thread, all moved."""
     torch.manual_seed(0)
     base = net.make().eval()
+    model = tunerkit.get_peft_model(base, KINDS[kind](net.targets), "own0")
     for number in range(THREADS):
-        config = KINDS[kind](net.targets, number)
         if number:
-            model.add_adapter(f"own{number}", config)
-        else:
-            model = tunerkit.get_peft_model(base, config, "own0")
+            model.add_adapter(f"own{number}", KINDS[kind](net.targets, number))
         move(model, f"own{number}", seed=number)
     return model.eval()
 
@@ -156,15 +153,16 @@ class Caller:
 
 def churn(model, folders, broken, done):
     """Load and delete adapters until the others are done; return how many were loaded."""
-    for count in itertools.count():
+    count = 0
+    while not done.is_set() or count < 4:
         name = f"other{count % 2}"
         if name in model.peft_config:
             model.delete_adapter(name)
         model.load_adapter(folders[count % len(folders)], name)
         with pytest.raises(CheckpointError):
             model.load_adapter(broken, "broken")
-        if done.is_set():
-            return count + 1
+        count += 1
+    return count
 
 
 @pytest.fixture
