@@ -182,8 +182,14 @@ class TestCopies:
         assert torch.equal(run(model), output)
 
 
-def test_swapping_into_a_compiled_model_does_not_compile_again(tmp_path):
-    models = [adapted(bare, seed) for seed in (1, 2, 3)]
+class IA3:
+    Config = IA3Config
+
+
+@pytest.mark.parametrize("method", [*TOYS, IA3])
+def test_swapping_into_a_compiled_model_does_not_compile_again(method, tmp_path):
+    settings = {"feedforward_modules": ["last"]} if method is IA3 else {}
+    models = [adapted(method, seed, **settings) for seed in (1, 2, 3)]
     for number, other in enumerate(models):
         other.save_pretrained(tmp_path / str(number))
     tunerkit.prepare_model_for_compiled_hotswap(models[0])

@@ -11,6 +11,7 @@ from torch import nn
 
 from tunerkit import get_peft_model
 from tunerkit.journal import Journal
+from tunerkit.route import CallHook
 from tunerkit.testing.bench import Snapshot
 from tunerkit_lora import LoraConfig
 
@@ -183,3 +184,41 @@ class TestNesting:
             raise ValueError("stop")
         assert done == ["next"]
         assert journal._start == 0
+
+
+def test_hooks_of_calls_come_and_go_by_themselves():
+    """They are other threads', which may begin and end calls while something is undone here."""
+    layer = nn.Linear(2, 2)
+    over = layer.register_forward_hook(CallHook(None, print))
+    before = layer.register_forward_hook(print)
+    with pytest.raises(RuntimeError, match="on purpose"), Journal() as journal:
+        journal.note_module(layer)
+        over.remove()
+        begun = layer.register_forward_hook(CallHook(None, print))
+        layer.register_forward_hook(repr)
+        raise RuntimeError("on purpose")
+    assert list(layer._forward_hooks) == [before.id, begun.id]
+
+
+def test_what_stays_is_there_throughout():
+    """Other threads may be reading while something is undone."""
+    gone = []
+
+    class Watched(dict):
+        def clear(self):
+            gone.append("all")
+            super().clear()
+
+        def __delitem__(self, key):
+            gone.append(key)
+            super().__delitem__(key)
+
+    layer = nn.Linear(2, 2)
+    layer.__dict__["_parameters"] = Watched(layer._parameters)
+    with pytest.raises(RuntimeError, match="on purpose"), Journal() as journal:
+        journal.note_module(layer)
+        layer.register_parameter("added", None)
+        layer._parameters["bias"] = None
+        raise RuntimeError("on purpose")
+    assert gone == ["added"]
+    assert layer.bias is not None

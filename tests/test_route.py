@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, AdditiveAdapter
 from tunerkit.errors import RouteError
-from tunerkit.route import BACKWARD, CALL, Owner, current, enter_call, hold_in_backward, leave_call, routed
+from tunerkit.route import BACKWARD, CALL, Owner, current, enter_call, hold_in_backward, hold_routes, leave_call, routed
 from tunerkit.sites import make_site
 
 NAMES = ("a", "b", "c")
@@ -232,6 +232,30 @@ class TestForward:
         finally:
             sys.setswitchinterval(interval)
         assert wrong == []
+
+
+def test_a_block_counts_no_calls_of_other_threads(model, x):
+    """Its hooks are on the model that all threads call."""
+    counts = []
+
+    def work():
+        with routed(model.owner, ("b",)), hold_routes(model.layers, model.owner, lambda: ("a",)):
+            barrier.wait()
+            with routed(model.owner, ("c",)):
+                for hook in list(model.layers._forward_pre_hooks.values()):
+                    hook(model.layers, (x,))
+                counts.append(CALL.route.calls)
+            barrier.wait()
+
+    barrier = threading.Barrier(2)
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counts == [1, 1]
+    assert not model.layers._forward_hooks
+    assert not model.layers._forward_pre_hooks
 
 
 @pytest.mark.parametrize("how", ["re-entrant", "not re-entrant", "nested"])

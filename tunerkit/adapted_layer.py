@@ -13,7 +13,7 @@ from tunerkit.layer import BaseTunerLayer, cast_up, own_call, split_input
 from tunerkit.modules import begin, frozen_keys, parameters_in, set_mode, tensors_in
 from tunerkit.names import PerAdapter, expose, per_adapter, withdraw
 from tunerkit.naming import listing
-from tunerkit.route import BACKWARD, CALL, Owner, check_held, current
+from tunerkit.route import BACKWARD, CALL, Owner, check_held, current, stack_of
 from tunerkit.row_groups import run_layer
 from tunerkit.rows import Rows
 from tunerkit.sites import SHOWN, Bound, ParameterSite, Site
@@ -52,6 +52,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             _merged=None,
             _active_adapter=[],
             _merged_before=None,
+            _number=owner.number(),
         )
 
     _adapters: dict[str, Adapter]
@@ -60,16 +61,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     _site: Site
     _merged: Merged | None
     _merged_before: list[str] | None
+    _number: int
 
     # Forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer with the adapters that are active, or that this call is routed to."""
-        adapter = self._sole
-        if adapter is None or kwargs or len(args) != 1 or BACKWARD or CALL.route is not None:
+        # What is active is not looked at in a routed call: where it is the same adapter, a graph would mix them up.
+        if CALL.route is not None or BACKWARD or (adapter := self._sole) is None or kwargs or len(args) != 1:
             return self._forward(*args, **kwargs)
-        site = self._site
-        base = self._modules["base_layer"]
+        site, base = self._site, self._modules["base_layer"]
         return adapter.forward(args[0], site if site.module is base else site.at(base))  # type: ignore[arg-type]
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -77,8 +78,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if isinstance(names, Rows):
             self._refuse_merged(names.names)
             return run_layer(self.site, self._adapters, names, self._owner, args, kwargs)  # type: ignore[no-any-return]
-        stack = self._standing(names)
-        site = self.site
+        stack, site = self._standing(names), self.site
         if not stack or not (args or kwargs):
             return site.module(*args, **kwargs)  # type: ignore[no-any-return]
         x, args, kwargs = split_input(site.owner, args, kwargs)
@@ -96,7 +96,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if names is None:
             return self._stack
         self._refuse_merged(names)
-        return tuple(self._adapters[name] for name in names if name in self._adapters)
+        return stack_of(self._owner, self._number, self._adapters, names)
 
     def _refuse_merged(self, names: tuple[str, ...]) -> None:
         if self._merged is not None:
@@ -332,8 +332,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             del self._adapters[name]
         withdraw(self, self._adapters)  # type: ignore[arg-type]
         self._settle()
-        now = self.site.owner._parameters
-        pairs = ((old, now[name]) for name, old in originals.items())
+        pairs = ((old, self.site.owner._parameters[name]) for name, old in originals.items())
         return [(old, heir) for old, heir in pairs if old is not None and heir is not None]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tunerkit.names import EntryView
+from tunerkit.route import CallHook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -107,14 +108,30 @@ class Journal:
 def _restore_module(
     module: nn.Module, state: dict[str, Any], contents: list[tuple[Any, Any]], flags: list[tuple[Tensor, bool]]
 ) -> None:
-    for value in state.values():
-        if isinstance(value, _CONTAINERS) and type(value) is not EntryView:
-            value.clear()
-    for container, content in contents:
-        (container.extend if isinstance(container, list) else container.update)(content)
-    module.__dict__.clear()
-    module.__dict__.update(state)
+    filled = {id(container) for container, _ in contents}
+    empty = [value for value in state.values() if isinstance(value, _CONTAINERS) and id(value) not in filled]
+    for container, content in (*contents, *((value, type(value)()) for value in empty if type(value) is not EntryView)):
+        _refill(container, content)
+    _refill(module.__dict__, state)
     _restore_flags(flags)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a container its content back, which other threads may be reading: what stays is there throughout."""
+    if not isinstance(container, dict):
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(content)
+        return
+    # The hooks of calls come and go by themselves, meanwhile too.
+    content = {key: value for key, value in content.items() if not isinstance(value, CallHook)}
+    for key, value in list(container.items()):
+        if key not in content and not isinstance(value, CallHook):
+            del container[key]
+    container.update(content)
+    if [key for key in list(container) if key in content] != list(content):
+        for key, value in content.items():  # back in their order
+            del container[key]
+            container[key] = value
 
 
 def _restore_values(tensor: Tensor, values: Tensor) -> None:

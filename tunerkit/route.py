@@ -19,9 +19,13 @@ from torch.autograd import Variable
 from tunerkit.errors import RouteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from tunerkit.adapter import Adapter
     from tunerkit.rows import Rows
+
+    Stacks = Mapping[int, tuple[Adapter, ...]]
+    """The adapters that stand on each layer, from the lowest up, by the number of the layer."""
 
     Names = tuple[str, ...] | Rows
     """The adapters of a call: of all its rows, in the order in which they stand on one another, or of each row."""
@@ -32,24 +36,33 @@ class Owner:
 
     Attributes:
         changes: How often what is active changed on one of the layers.
+        layers: How many layers it has given a number.
     """
 
     def __init__(self) -> None:
         self.changes = 0
+        self.layers = 0
+
+    def number(self) -> int:
+        """Return the next layer's number, by which routes know it."""
+        self.layers += 1
+        return self.layers
 
 
 class Route:
     """The adapters that the calls of one model use, on top of the routes of other models in the same thread.
 
     Attributes:
+        stacks: The adapters themselves by the number of their layer, as they were when the block began; for graphs.
         calls: How many calls of the whole model are under way; only their outputs hold the route for the backward.
     """
 
-    __slots__ = ("calls", "names", "owner", "task", "under")
+    __slots__ = ("calls", "names", "owner", "stacks", "task", "under")
 
-    def __init__(self, owner: Owner, names: Names, under: Route | None) -> None:
+    def __init__(self, owner: Owner, names: Names, under: Route | None, stacks: Stacks) -> None:
         self.owner = owner
         self.names = names
+        self.stacks = stacks
         self.under = under
         self.calls = 0
         # While a graph is traced no backward is under way, and the compiler cannot ask for its id.
@@ -112,6 +125,19 @@ def current(owner: Owner) -> Names | None:
     return None if route is None else route.names
 
 
+def stack_of(owner: Owner, layer: int, adapters: Mapping[str, Adapter], names: Sequence[str]) -> tuple[Adapter, ...]:
+    """Return the adapters of a layer by these names, to which calls of the model are routed here and now.
+
+    A graph in which they are looked up by name is for those names only. So while one is traced they are taken from what
+    the route found when it began, if it did, and adapters of one shape do with one graph.
+    """
+    if torch.compiler.is_compiling():
+        route = _pushed(owner)
+        if route is not None and layer in route.stacks:
+            return route.stacks[layer]
+    return tuple(adapters[name] for name in names if name in adapters)
+
+
 def _pushed(owner: Owner) -> Route | None:
     route = CALL.route
     while route is not None and route.owner is not owner:
@@ -153,16 +179,31 @@ def leave_call(owner: Owner, outputs: Any, active: tuple[str, ...]) -> None:
     hold_in_backward(outputs, owner, current(owner), active)
 
 
+class CallHook:
+    """What a block hangs on a model, for the calls of its own thread; it is no part of the model."""
+
+    __slots__ = ("act", "thread")
+
+    def __init__(self, thread: object, act: Callable[..., None]) -> None:
+        self.thread = thread
+        self.act = act
+
+    def __call__(self, *args: Any) -> None:
+        """Act, unless it is another thread's call that comes by."""
+        if not torch.compiler.is_compiling() and CALL.thread is self.thread:
+            self.act(*args)
+
+
 @contextlib.contextmanager
 def hold_routes(model: nn.Module, owner: Owner, active: Callable[[], tuple[str, ...]]) -> Iterator[None]:
     """Within the block, the outputs of the model's calls hold their route for the backward, if there can be one."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return
-    hooks = (
-        model.register_forward_pre_hook(lambda _module, _args: enter_call(owner)),
-        model.register_forward_hook(lambda _module, _args, outputs: leave_call(owner, outputs, active())),
-    )
+    thread = CALL.thread
+    enter = CallHook(thread, lambda *_: enter_call(owner))
+    leave = CallHook(thread, lambda _module, _args, outputs: leave_call(owner, outputs, active()))
+    hooks = model.register_forward_pre_hook(enter), model.register_forward_hook(leave)
     try:
         yield
     finally:
@@ -191,10 +232,10 @@ def check_held(owner: Owner) -> None:
 
 
 @contextlib.contextmanager
-def routed(owner: Owner, names: Names) -> Iterator[None]:
+def routed(owner: Owner, names: Names, stacks: Stacks | None = None) -> Iterator[None]:
     """Within the block, calls of the model in this thread use these adapters."""
     before = CALL.route
-    CALL.route = Route(owner, names, before)
+    CALL.route = Route(owner, names, before, stacks or {})
     try:
         yield
     finally:

@@ -15,14 +15,14 @@ from tunerkit.errors import AdapterNameError, RouteError
 from tunerkit.fast_path import set_fast_paths
 from tunerkit.journal import Journal
 from tunerkit.naming import listing
-from tunerkit.route import current, hold_in_backward, hold_routes, routed
+from tunerkit.route import current, hold_in_backward, hold_routes, routed, stack_of
 from tunerkit.rows import BASE, Rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tunerkit.layer import BaseTunerLayer
-    from tunerkit.route import Names
+    from tunerkit.route import Names, Stacks
 
 
 class RoutedModel(AdaptedModel):
@@ -75,7 +75,9 @@ class RoutedModel(AdaptedModel):
         self._check_together(layers, names)
         self.biases.check_routed(names)
         self._make_routable(layers, [names])
-        with self._routed(names):
+        adapted = (layer for layer in layers if isinstance(layer, AdaptedLayer))
+        stacks = {layer._number: stack_of(self.owner, -1, layer._adapters, names) for layer in adapted}
+        with self._routed(names, stacks):
             yield
 
     @contextlib.contextmanager
@@ -171,9 +173,12 @@ class RoutedModel(AdaptedModel):
                     raise RouteError(msg)
 
     @contextlib.contextmanager
-    def _routed(self, names: Names) -> Iterator[None]:
+    def _routed(self, names: Names, stacks: Stacks | None = None) -> Iterator[None]:
         # A script may call the base model, which then runs without the tuner around it.
-        with hold_routes(self.model, self.owner, lambda: tuple(self.active_adapters)), routed(self.owner, names):
+        with (
+            hold_routes(self.model, self.owner, lambda: tuple(self.active_adapters)),
+            routed(self.owner, names, stacks),
+        ):
             yield
 
     def _make_routable(self, layers: Sequence[BaseTunerLayer], routes: Sequence[Sequence[str]]) -> None:
@@ -193,7 +198,8 @@ class RoutedModel(AdaptedModel):
             set_fast_paths(self.model, Journal(), disabled=False)
         for layer in layers:
             if layer.follows_routes:
-                layer.__dict__["_owner"] = self.owner  # a layer that was copied by itself brought an owner of its own
+                if layer._owner is not self.owner:  # a layer that was copied by itself brought an owner of its own
+                    layer.__dict__.update(_number=self.owner.number(), _owner=self.owner)
                 continue
             here = layer.available_adapters
             runs = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in here]
