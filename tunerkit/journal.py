@@ -75,13 +75,9 @@ class Journal:
         if id(module) in self._noted:
             return
         state = module.__dict__.copy()
-        contents = [
-            (value, value.copy())
-            for value in state.values()
-            if isinstance(value, _CONTAINERS)
-            and type(value) is not EntryView
-            and value  # views hold nothing themselves
-        ]
+        # Views hold nothing themselves, and most containers, of hooks, are empty.
+        full = (value for value in state.values() if isinstance(value, _CONTAINERS) and type(value) is not EntryView)
+        contents = [(value, value.copy()) for value in full if value]
         flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
         self._notes.append((_restore_module, (module, state, contents, flags)))
         self._noted.add(id(module))
@@ -109,8 +105,10 @@ def _restore_module(
     module: nn.Module, state: dict[str, Any], contents: list[tuple[Any, Any]], flags: list[tuple[Tensor, bool]]
 ) -> None:
     filled = {id(container) for container, _ in contents}
-    empty = [value for value in state.values() if isinstance(value, _CONTAINERS) and id(value) not in filled]
-    for container, content in (*contents, *((value, type(value)()) for value in empty if type(value) is not EntryView)):
+    for value in state.values():
+        if isinstance(value, _CONTAINERS) and type(value) is not EntryView and id(value) not in filled:
+            _refill(value, {})
+    for container, content in contents:
         _refill(container, content)
     _refill(module.__dict__, state)
     _restore_flags(flags)
