@@ -191,9 +191,9 @@ def _check_in_place(model: nn.Module, layers: Sequence[BaseTunerLayer], names: S
         if others:
             here = next(path for path, module in model.named_modules() if module is layer)
             msg = (
-                f"The module at {here!r} shares a parameter with {listing(others)}, and a {type(layer).__name__}, which "
-                "its method's own code put in, may change it in place, so merging into it would change the others. Keep "
-                "the adapter as it is, or give the module a parameter of its own first."
+                f"The module at {here!r} shares a parameter with {listing(others)}, and a {type(layer).__name__}, "
+                "which its method's own code put in, may change it in place, so merging into it would change the "
+                "others. Keep the adapter as it is, or give the module a parameter of its own first."
             )
             raise MergeError(msg)
 
