@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import bottleneck, registered, shared
+from toys import bottleneck, hooks_by_hand, registered, shared
 
 import tunerkit
 from tunerkit.errors import CheckpointError, NoEffectError
@@ -145,9 +145,10 @@ def test_a_name_that_is_taken(tmp_path):
     assert before.differences(model) == []
 
 
-def test_what_cannot_be_seen_counts(tmp_path):
-    with registered(bottleneck):
-        folder = saved(tmp_path, bottleneck.Config(**WHOLE))
+@pytest.mark.parametrize("toy", [bottleneck, hooks_by_hand])
+def test_what_cannot_be_seen_counts(toy, tmp_path):
+    with registered(toy):
+        folder = saved(tmp_path, toy.Config(**WHOLE))
         tunerkit.PeftModel.from_pretrained(make_base(), folder, verify=True)
 
 

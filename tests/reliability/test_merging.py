@@ -214,6 +214,19 @@ class TestSharedWeights:
         assert not getattr(getattr(base, "config", None), "tie_word_embeddings", False)
         assert difference(run(base, TOKENS), output) < 1e-5
 
+    @pytest.mark.parametrize("target", ["embed", "head"])
+    def test_a_copy_of_one_side(self, target):
+        base = tied(config=True)
+        shared, bits = base.embed.weight, base.embed.weight.detach().clone()
+        model = tunerkit.get_peft_model(base, lora.LoraConfig(r=2, target_modules=["one"], modules_to_save=[target]))
+        move(model, "default")
+        output = run(model.eval(), TOKENS)
+        with pytest.warns(MergeWarning, match="tie_word_embeddings=False now"):
+            model.merge_and_unload()
+        assert difference(run(base, TOKENS), output) < 1e-5
+        assert getattr(base, SHARING[target]).weight is shared
+        assert same_bits(shared, bits)
+
     def test_adapters_of_both_sides(self):
         base = tied()
         model = tunerkit.get_peft_model(base, lora.LoraConfig(r=2, target_modules=list(SHARING)))
