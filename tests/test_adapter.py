@@ -30,6 +30,24 @@ def site():
     return LinearSite(nn.Linear(5, 4), "fc")
 
 
+class WithoutBias(Adapter):
+    def merged(self, below):
+        return below.weight, None
+
+
+class TestEffect:
+    @pytest.mark.parametrize("number", [0.0, 1e-9, 1e-3, float("nan"), float("inf")])
+    def test_what_is_added(self, site, number):
+        adapter = Plus(site)
+        nn.init.constant_(adapter.toy_plus, number)
+        assert adapter.has_effect(site) == (number not in (0.0, 1e-9))
+
+    @pytest.mark.parametrize("number", [0.0, 1.0])
+    def test_a_bias_that_is_taken_away(self, site, number):
+        nn.init.constant_(site.module.bias, number)
+        assert WithoutBias(site, None).has_effect(site) == bool(number)
+
+
 class TestAdapter:
     def test_defaults(self, site):
         adapter = Adapter(site, None)

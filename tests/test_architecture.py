@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tunerkit import errors
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -170,6 +172,38 @@ def test_plugin_is_named_after_its_method(method):
     for name in (f"{module}/py.typed", "README.md", "LICENSE", "tests"):
         assert (PLUGINS[method] / name).exists(), name
     assert (PLUGINS[method] / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+# --- Warnings.
+
+
+def warnings_in(source):
+    """Yield the line of every call of `warnings.warn`, and the name of the class of what is warned of."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "warn"):
+            message, *more = [*node.args[:2], *(word.value for word in node.keywords if word.arg == "category")]
+            yield node.lineno, ast.unparse(more[0] if more else message).partition("(")[0]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_every_warning_has_a_class_of_its_own(path):
+    for line, name in warnings_in(path.read_text(encoding="utf-8")):
+        kind = getattr(errors, name, errors.TunerkitWarning)
+        assert issubclass(kind, errors.TunerkitWarning), line
+        assert kind is not errors.TunerkitWarning, (line, name)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("warnings.warn('text')", "'text'"),
+        ("warnings.warn('text', UserWarning, stacklevel=2)", "UserWarning"),
+        ("warnings.warn(MergeWarning(text), stacklevel=2)", "MergeWarning"),
+        ("warn(text, stacklevel=2, category=LoadWarning)", "LoadWarning"),
+    ],
+)
+def test_warnings_are_found(source, name):
+    assert [found for _, found in warnings_in(source)] == [name]
 
 
 # --- Size and weight.

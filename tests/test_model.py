@@ -474,7 +474,7 @@ def test_signatures_are_pefts(kind, name):
     other = {PeftModel: peft.PeftModel, BaseTuner: TheirTuner, BaseTunerLayer: TheirLayer}[kind]
     mine, theirs = (named(getattr(side, name)) for side in (kind, other))
     extra = (
-        {"subfolder", "torch_device", "strict", "config", "state_dict"}
+        {"subfolder", "torch_device", "strict", "verify", "config", "state_dict"}
         if "load" in name or "pretrained" in name
         else set()
     )

@@ -259,9 +259,13 @@ class Part(nn.Module):
 
 def _differ(before: Tensor | None, after: Tensor | None) -> bool:
     if before is None or after is None:
-        return after is not None and bool(after.any())
-    change = (after.float() - before.float()).norm()
-    return bool(change > _ROUNDING * torch.finfo(before.dtype).eps * before.float().norm())
+        return any(one is not None and bool(one.any()) for one in (before, after))
+    wide = torch.promote_types(before.dtype, torch.float32)
+    change = (after.to(wide) - before.to(wide)).norm()
+    # Tensors of adapters are seldom more precise than float32, whatever the layer's are.
+    precision = max(torch.finfo(before.dtype).eps, torch.finfo(torch.float32).eps)
+    # Asked this way round because of NaN, which is a change.
+    return not bool(change <= _ROUNDING * precision * before.to(wide).norm())
 
 
 def linear(weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -> nn.Linear:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.checkpoint.base_model import BasePiece, base_modules, file_path
 from tunerkit.errors import AdapterStateError, ConfigError, MergeError, RouteError
@@ -127,6 +129,10 @@ class Biases:
                 tensors = {_BIAS: values[number]}
                 found.append(BasePiece(file_path(path, PREFIX), module, self.name, tensors, in_model=self.shown))
         return found
+
+    def differ(self) -> bool:
+        """Return whether the trained values are others than the base model's own."""
+        return any(not torch.equal(kept, own) for kept, own in zip(self.kept, self.parameters(), strict=True))
 
     def base_values(self) -> dict[int, Tensor]:
         """Return copies of the base model's own values, whichever are in place, by the id of the parameter."""

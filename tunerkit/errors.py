@@ -83,6 +83,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is no checkpoint where one was looked for."""
 
 
+class NoEffectError(CheckpointError):
+    """A loaded adapter changes nothing, and the caller asked whether it does."""
+
+
 class TunerkitWarning(UserWarning):
     """Base of all warnings issued by tunerkit."""
 

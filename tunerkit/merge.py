@@ -150,6 +150,7 @@ def _check(model: nn.Module, layers: Sequence[BaseTunerLayer], names: Sequence[s
     for layer in layers:
         layer.check_merge(names)
     check_not_shared(model, names)
+    _check_in_place(model, layers, names)
 
 
 def check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
@@ -170,6 +171,29 @@ def check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
                 f"The module at {here!r} also stands at {listing(others)}, where other adapters apply or none, so "
                 "merging into it would change the output there. Target all of its places with one adapter, or keep "
                 "the adapter as it is."
+            )
+            raise MergeError(msg)
+
+
+def _check_in_place(model: nn.Module, layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
+    """Refuse to merge in layers written by hand, which change their parameters in place, if others hold these too."""
+    for layer in layers:
+        if isinstance(layer, AdaptedLayer) or layer.replaces or set(names).isdisjoint(layer.available_adapters):
+            continue
+        base = layer.get_base_layer()
+        own = {id(module) for module in base.modules()}
+        parameters = {id(parameter) for parameter in base.parameters()}
+        others = [
+            path
+            for path, module in model.named_modules()
+            if id(module) not in own and not parameters.isdisjoint(map(id, module._parameters.values()))
+        ]
+        if others:
+            here = next(path for path, module in model.named_modules() if module is layer)
+            msg = (
+                f"The module at {here!r} shares a parameter with {listing(others)}, and a {type(layer).__name__}, "
+                "which its method's own code put in, may change it in place, so merging into it would change the "
+                "others. Keep the adapter as it is, or give the module a parameter of its own first."
             )
             raise MergeError(msg)
 

@@ -14,6 +14,7 @@ from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.checkpoint.card import Card, write_card
 from tunerkit.checkpoint.files import CARD_NAME, read_checkpoint
 from tunerkit.config import PeftConfig, TaskType, check_config
+from tunerkit.effect import check_effect
 from tunerkit.errors import AdapterNameError, CardWarning, CheckpointError, ConfigError, PluginError
 from tunerkit.functional import loading_for, renamed
 from tunerkit.modules import tensors_in
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tunerkit.checkpoint.report import LoadReport
+    from tunerkit.stored_model import StoredModel
 
 FORMAT = "1"
 """The version of what tunerkit writes into the metadata of a checkpoint's tensors."""
@@ -57,12 +59,14 @@ class SavedAdapter:
         self.source = f"The checkpoint in {os.fspath(model_id)!r}"
         self.tensors = renamed(checkpoint.tensors, key_mapping)
 
-    def put_into(self, model: nn.Module, name: str, *, strict: bool) -> LoadReport:
-        """Put the tensors into an adapter of the model."""
+    def put_into(self, model: StoredModel, name: str, *, strict: bool, verify: bool) -> LoadReport:
+        """Put the tensors into an adapter of the model, and refuse one without effect if that is to be verified."""
         loading = loading_for(model, name, self.tensors)
         loading.report.settle(self.source, strict=strict)
         loading.write()
         self._check_no_meta(model, name, loading.report)
+        if verify:
+            check_effect(model.base_model, name, self.source)
         return loading.report
 
     def check_same(self, config: PeftConfig, name: str) -> None:

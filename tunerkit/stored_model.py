@@ -241,6 +241,7 @@ class StoredModel(nn.Module):
         subfolder: str | None = None,
         torch_device: str | torch.device | None = None,
         strict: bool = True,
+        verify: bool = False,
         **kwargs: Any,
     ) -> Self:
         """Attach an adapter that was saved, to a model of the class for its task.
@@ -258,11 +259,13 @@ class StoredModel(nn.Module):
             subfolder: A folder below `model_id`, for adapters that were saved beside others.
             torch_device: Where the checkpoint's tensors are read to; the CPU if not given.
             strict: Refuse a checkpoint with missing or unexpected tensors rather than warn.
+            verify: Refuse an adapter that changes nothing; see `tunerkit.effect`.
             kwargs: What PEFT takes beside these; see `tunerkit.keywords`.
 
         Raises:
             KeywordError: A keyword argument is unknown, or asks for what is not done here.
             CheckpointError: The checkpoint is not there, broken, or does not fit; the model is as it was.
+            NoEffectError: The adapter changes nothing, and `verify` is set; the model is as it was.
             TunerkitError: The adapter cannot be put in; the model is as it was.
         """
         if isinstance(model, StoredModel):
@@ -281,7 +284,7 @@ class StoredModel(nn.Module):
             meta = strict or low_cpu_mem_usage
             kind = cls.for_task(saved.config)
             loaded = kind(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=meta)
-            saved.put_into(loaded, adapter_name, strict=strict)
+            saved.put_into(loaded, adapter_name, strict=strict, verify=verify)
             if not is_trainable:
                 loaded._evaluate(journal)
         return loaded
@@ -300,6 +303,7 @@ class StoredModel(nn.Module):
         subfolder: str | None = None,
         config: PeftConfig | None = None,
         strict: bool = True,
+        verify: bool = False,
         **kwargs: Any,
     ) -> LoadReport:
         """Add an adapter that was saved, of any method; it is not active yet.
@@ -318,6 +322,7 @@ class StoredModel(nn.Module):
             subfolder: A folder below `model_id`, for adapters that were saved beside others.
             config: A config to use instead of the checkpoint's.
             strict: Refuse a checkpoint with missing or unexpected tensors rather than warn.
+            verify: Refuse an adapter that changes nothing; see `tunerkit.effect`.
             kwargs: What PEFT takes beside these; see `tunerkit.keywords`.
 
         Returns:
@@ -326,6 +331,7 @@ class StoredModel(nn.Module):
         Raises:
             KeywordError: A keyword argument is unknown, or asks for what is not done here.
             CheckpointError: The checkpoint is not there, broken, or does not fit; the model is as it was.
+            NoEffectError: The adapter changes nothing, and `verify` is set; the model is as it was.
             TunerkitError: The adapter cannot be put in; the model is as it was.
         """
         check_loading("load_adapter", kwargs, inspect.signature(self.load_adapter).parameters)
@@ -341,7 +347,7 @@ class StoredModel(nn.Module):
                 )
             else:
                 saved.check_same(self.peft_config[adapter_name], adapter_name)
-            report = saved.put_into(self, adapter_name, strict=strict)
+            report = saved.put_into(self, adapter_name, strict=strict, verify=verify)
             if not is_trainable:
                 self._evaluate(journal)
         return report
