@@ -92,7 +92,7 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor of which each process holds a part; all processes have to call this."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -158,6 +158,12 @@ def idle(folder):
         step(ddp, 1)
 
 
+def refused(folder):
+    switched(folder)
+    differing(folder)
+    idle(folder)
+
+
 def by_rank(folder):
     # The others wait for the one that has failed: torchrun ends them.
     model = make()
@@ -221,10 +227,21 @@ def reload(folder):
     torch.testing.assert_close(state(model), state(train(make())))
 
 
+def reload_alone(folder):
+    """Load in one process what two have saved."""
+    fsdp(folder)
+    first = rank() == 0
+    distributed.destroy_process_group()
+    if first:
+        distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+        reload(folder)
+
+
 if __name__ == "__main__":
     # In-place operations on the output of a sharded module would be wrong; there are none here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     globals()[sys.argv[1]](sys.argv[2])
-    distributed.destroy_process_group()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
