@@ -18,6 +18,7 @@ from tunerkit.model_config import config_dict, config_of
 from tunerkit.modules import set_mode
 from tunerkit.names import withdraw
 from tunerkit.naming import closest, given_names, listing
+from tunerkit.processes import refuse_sharded
 from tunerkit.replication import REPLICATION, Replication
 from tunerkit.route import Owner
 from tunerkit.targeting import adapted_places
@@ -271,6 +272,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
 
     def unload(self) -> nn.Module:
         """Take all adapters out and return the base model as it was, also in what trains."""
+        refuse_sharded(self.model, "no layer can be taken out of it")
         with Journal():  # the two calls write their notes into this one, so that both are undone
             self.unmerge_adapter()
             return self._take_apart(keep=False)
@@ -296,6 +298,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         return self._take_apart(keep=True)
 
     def _to_merge(self, adapter_names: object, *, for_good: bool) -> list[str]:
+        refuse_sharded(self.model, "no adapter can be merged: each process has a part of a weight only")
         names: object = self.active_adapters if adapter_names is None else adapter_names
         if isinstance(names, str):
             msg = f"adapter_names is a list of names; it is the text {names!r}. Pass [{names!r}]."

@@ -15,6 +15,7 @@ from tunerkit.errors import AdapterNameError, RouteError
 from tunerkit.fast_path import set_fast_paths
 from tunerkit.journal import Journal
 from tunerkit.naming import listing
+from tunerkit.processes import refuse_unaveraged
 from tunerkit.route import current, hold_in_backward, hold_routes, routed, stack_of
 from tunerkit.rows import BASE, Rows
 
@@ -43,6 +44,7 @@ class RoutedModel(AdaptedModel):
             return self._forward(args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_unaveraged()
         route = self._route()
         names = tuple(self.active_adapters) if route is None or isinstance(route, Rows) else route
         call: Any = self.model

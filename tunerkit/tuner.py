@@ -27,6 +27,7 @@ from tunerkit.modules_to_save import put_copies, tied_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
 from tunerkit.plan import Plan, make_plan
+from tunerkit.processes import refuse_sharded
 from tunerkit.replication import REPLICATION, Replication, wanted_ranges
 from tunerkit.routed_model import RoutedModel
 
@@ -176,6 +177,7 @@ class BaseTuner(HookCalls, RoutedModel):
                 "name, or take it out first with delete_adapter() or unload()."
             )
             raise AdapterNameError(msg)
+        refuse_sharded(model, "no adapter can be put in: its gradients would not be averaged")
         which = trained_biases(config)
         if which is not None:
             self.biases.check_free()
@@ -270,6 +272,7 @@ class BaseTuner(HookCalls, RoutedModel):
             AdapterStateError: It is merged.
         """
         self.check_known([adapter_name])
+        refuse_sharded(self.model, "no layer can be taken out of it")
         layers = list(self.layers())
         if any(adapter_name in layer.merged_adapters for layer in layers):
             msg = f"The adapter {adapter_name!r} is merged. Call unmerge_adapter() before deleting it."

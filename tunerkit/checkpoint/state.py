@@ -18,6 +18,7 @@ from tunerkit.errors import CheckpointError
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, entry_name, tuner_layers
 from tunerkit.naming import PREFIX, uncompiled
+from tunerkit.processes import copy_into, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -147,7 +148,7 @@ def collect(
     """
     tensors: dict[str, Tensor] = {}
     for piece in found:
-        own = {key: tensor.detach() for key, tensor in piece.tensors.items()}
+        own = {key: whole(tensor.detach()) for key, tensor in piece.tensors.items()}
         if state_dict is not None and path_of is not None and piece.in_model:
             where = {key: f"{path_of(piece)}{piece.named(key)}" for key in own}
             lost = [name for name in where.values() if name not in state_dict]
@@ -157,7 +158,7 @@ def collect(
                     "Pass the state of this very model."
                 )
                 raise CheckpointError(msg)
-            own = {key: state_dict[name] for key, name in where.items()}
+            own = {key: whole(state_dict[name]) for key, name in where.items()}
         tensors.update({piece.key(local): tensor for local, tensor in piece.in_file(own).items()})
     return tensors
 
@@ -278,7 +279,7 @@ class Loading:
                     _replace(item, own, journal, made)
                 else:
                     journal.note_values(own)
-                    own.copy_(item.value)
+                    copy_into(own, item.value)
 
 
 def _known(key: str, expected: set[str]) -> str:
