@@ -15,6 +15,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from tunerkit.errors import AdapterStateError
+from tunerkit.modules import modules_in, parameters_in
 from tunerkit.naming import listing
 
 if TYPE_CHECKING:
@@ -40,11 +41,9 @@ def refuse_unaveraged() -> None:
     if wrapper not in _AVERAGED:
         _AVERAGED[wrapper] = _averaged(wrapper)
     averaged = {id(parameter) for parameter in _AVERAGED[wrapper]}
-    lost = [
-        name
-        for name, parameter in wrapper.module.named_parameters()
-        if parameter.requires_grad and id(parameter) not in averaged and name not in wrapper.parameters_to_ignore
-    ]
+    others = {id(own) for own in parameters_in(wrapper.module) if own.requires_grad and id(own) not in averaged}
+    named = wrapper.module.named_parameters() if others else ()
+    lost = [name for name, own in named if id(own) in others and name not in wrapper.parameters_to_ignore]
     if lost:
         msg = (
             f"{listing(lost, 2)} trains and did not when DistributedDataParallel was made, so its gradient would not "
@@ -85,7 +84,7 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     """
     sharding: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
     kind = None if sharding is None else getattr(sharding, "FSDPModule", None)
-    if kind is not None and any(isinstance(module, kind) for module in model.modules()):
+    if kind is not None and any(isinstance(module, kind) for module in modules_in(model)):
         msg = f"The model is sharded (fully_shard), and {what}. Do that first, then call fully_shard."
         raise AdapterStateError(msg)
 
