@@ -227,11 +227,17 @@ def reload(folder):
     torch.testing.assert_close(state(model), state(train(make())))
 
 
+def leave():
+    """End the group when all of its processes are done: one that is waited for must not be gone."""
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
 def reload_alone(folder):
     """Load in one process what two have saved."""
     fsdp(folder)
     first = rank() == 0
-    distributed.destroy_process_group()
+    leave()
     if first:
         distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
         reload(folder)
@@ -244,4 +250,4 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo")
     globals()[sys.argv[1]](sys.argv[2])
     if distributed.is_initialized():
-        distributed.destroy_process_group()
+        leave()
