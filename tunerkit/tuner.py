@@ -249,8 +249,9 @@ class BaseTuner(HookCalls, RoutedModel):
         first = active == list(self.peft_config) == [name] and not self._beside() and not self.disabled
         if first:
             # Whatever undoes the attaching takes these layers out, so nothing of them need be noted.
+            self.active_adapter = active
             for layer in layers:
-                layer.set_adapter(name, inference_mode=frozen)
+                layer.set_adapter(active, inference_mode=frozen)
         elif name in active:
             self.set_adapter(active, inference_mode=frozen)
         else:
