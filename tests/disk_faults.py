@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 
 class Killed(BaseException):
     """Stands for the end of the process."""
@@ -71,3 +73,24 @@ class WrittenFile:
     def write(self, data):
         fails = self.faults.count + 1 == self.faults.at
         return self.faults.wrapped(self.file.write)(data[: len(data) // 2] if fails else data)
+
+
+def fail_everywhere(path, raised, save, *, after, prepare):
+    """Call `save` on what `prepare` made, failing at its k-th operation, for every k; yield that and the outcome."""
+    at, outcome = 0, None
+    while True:
+        at += 1
+        target = prepare(path / str(at))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            faults = Faults(monkeypatch, raised, at, after=after)
+            try:
+                save(target)
+            except BaseException as caught:  # noqa: BLE001 - interrupts are the point
+                outcome = caught
+            else:
+                outcome = None
+        if not faults.was_reached:
+            break
+        yield target, outcome
+    assert outcome is None
+    assert at > 15

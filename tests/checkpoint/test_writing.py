@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from disk_faults import Faults, Killed
+from disk_faults import Killed, fail_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.save_and_load import load_peft_weights
@@ -52,6 +52,10 @@ DTYPES = [
 
 def save(path, number):
     write_checkpoint(path, {"r": number}, {"a": torch.full((3,), float(number))}, {"plugin": f"toy {number}"})
+
+
+def save_two(path):
+    save(path, 2)
 
 
 def loaded(path):
@@ -322,27 +326,6 @@ class TestConfigText:
             assert read_config(name) == config
 
 
-def fail_everywhere(path, raised, *, after, prepare):
-    """Yield `path` after a save of 2 over what `prepare` made that failed at its k-th operation, for every k."""
-    at = 0
-    while True:
-        at += 1
-        target = prepare(path / str(at))
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            faults = Faults(monkeypatch, raised, at, after=after)
-            try:
-                save(target, 2)
-            except BaseException as caught:  # noqa: BLE001 - interrupts are the point
-                outcome = caught
-            else:
-                outcome = None
-        if not faults.was_reached:
-            break
-        yield target, outcome
-    assert outcome is None
-    assert at > 15
-
-
 def old_save(path):
     save(path, 1)
     return path
@@ -368,7 +351,7 @@ class TestEveryOperation:
     @pytest.mark.parametrize("raised", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
     def test_fails(self, tmp_path, raised, after, prepare):
         numbers = []
-        for path, outcome in fail_everywhere(tmp_path, raised, after=after, prepare=prepare):
+        for path, outcome in fail_everywhere(tmp_path, raised, save_two, after=after, prepare=prepare):
             if prepare is old_save:  # Already before anyone loads, for PEFT would finish nothing.
                 assert names(path) == [CONFIG_NAME, WEIGHTS_NAME]
             numbers.append(loaded(path))
@@ -391,7 +374,7 @@ class TestEveryOperation:
     @pytest.mark.parametrize("raised", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
     def test_fails_in_a_new_folder(self, tmp_path, raised, after):
         there = []
-        for path, outcome in fail_everywhere(tmp_path, raised, after=after, prepare=no_folder):
+        for path, outcome in fail_everywhere(tmp_path, raised, save_two, after=after, prepare=no_folder):
             there.append(path.exists())
             if there[-1]:
                 assert loaded(path) == 2
@@ -405,7 +388,7 @@ class TestEveryOperation:
     @pytest.mark.parametrize("prepare", [old_save, cut_save])
     def test_is_killed(self, tmp_path, after, prepare):
         numbers, leftovers = [], 0
-        for path, outcome in fail_everywhere(tmp_path, Killed(), after=after, prepare=prepare):
+        for path, outcome in fail_everywhere(tmp_path, Killed(), save_two, after=after, prepare=prepare):
             assert isinstance(outcome, Killed)
             left = [entry for entry in path.iterdir() if TEMPORARY.fullmatch(entry.name)]
             leftovers += len(left)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from disk_faults import Faults, Killed
+from disk_faults import Faults, Killed, fail_everywhere
 
 from tunerkit.checkpoint.files import read_checkpoint
 from tunerkit.checkpoint.writing import write_checkpoint
@@ -172,24 +172,13 @@ class TestMergedFolder:
         return number
 
     def runs(self, path, raised, *, after, old):
-        at = 0
-        while True:
-            at += 1
-            out = path / str(at) / "out"
+        def prepare(folder):
+            out = folder / "out"
             if old:
                 self.write(out, 1)
-            with pytest.MonkeyPatch.context() as patch:
-                faults = Faults(patch, raised, at, after=after)
-                try:
-                    self.write(out, 2)
-                except BaseException as caught:  # noqa: BLE001 - interrupts are the point
-                    outcome = caught
-                else:
-                    outcome = None
-            if not faults.was_reached:
-                break
-            yield out, outcome
-        assert at > 15
+            return out
+
+        return fail_everywhere(path, raised, lambda out: self.write(out, 2), after=after, prepare=prepare)
 
     @pytest.mark.parametrize("after", [False, True])
     @pytest.mark.parametrize("old", [False, True])
