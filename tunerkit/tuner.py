@@ -246,22 +246,16 @@ class BaseTuner(HookCalls, RoutedModel):
     def _activate_new(self, layers: list[BaseTunerLayer], name: str, *, frozen: bool) -> None:
         """Bring a new adapter's layers to the tuner's state; unless it is active, no other adapter's flag changes."""
         active = self.active_adapters
-        first = active == list(self.peft_config) == [name] and not self._beside() and not self.disabled
-        if first:
-            # Whatever undoes the attaching takes these layers out, so nothing of them need be noted.
-            self.active_adapter = active
-            for layer in layers:
-                layer.set_adapter(active, inference_mode=frozen)
-        elif name in active:
+        if name in active:
             self.set_adapter(active, inference_mode=frozen)
-        else:
-            if name in self.parts:
-                self._set_beside(name, trains=False)
-            for layer in layers:
-                layer.set_requires_grad(name, requires_grad=False)
-                if layer.available_adapters == [name]:
-                    layer._activate(active)
-                    layer.enable_adapters(not self.disabled)
+            return
+        if name in self.parts:
+            self._set_beside(name, trains=False)
+        for layer in layers:
+            layer.set_requires_grad(name, requires_grad=False)
+            if layer.available_adapters == [name]:
+                layer._activate(active)
+                layer.enable_adapters(not self.disabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; layers that hold no other become the base layers they were.
