@@ -10,7 +10,7 @@ from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import AdapterStateError, MergeError, RouteError
 from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
 from tunerkit.layer import BaseTunerLayer, cast_up, own_call, split_input
-from tunerkit.modules import begin, frozen_keys, parameters_in, set_mode, tensors_in
+from tunerkit.modules import begin, frozen_keys, parameters_in, set_modes, tensors_in
 from tunerkit.names import PerAdapter, expose, per_adapter, withdraw
 from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, Owner, check_held, current, stack_of
@@ -348,8 +348,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Set training mode, for the adapters too, which stand outside the module tree."""
         self.__dict__["training"] = mode
-        for module in (*self._adapters.values(), *self._modules.values()):
-            set_mode(module, mode)  # type: ignore[arg-type]
+        set_modes((*self._adapters.values(), *self._modules.values()), mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:

@@ -15,7 +15,7 @@ from tunerkit.fast_path import set_fast_paths
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, MethodMeta, tuner_layers
 from tunerkit.model_config import config_dict, config_of
-from tunerkit.modules import set_mode
+from tunerkit.modules import Hook, remove_hooks, set_modes
 from tunerkit.names import withdraw
 from tunerkit.naming import closest, given_names, listing
 from tunerkit.processes import refuse_sharded
@@ -57,7 +57,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     parts: dict[str, Part]
     biases: Biases
     replication: Replication
-    hooks: list[tuple[nn.Module, int]]
+    hooks: list[Hook]
     owner: Owner
     _were_trainable: list[nn.Parameter]
     _trained_parts: list[nn.Parameter]
@@ -342,9 +342,9 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         self.replication = Replication()
         for name in ("peft_config", REPLICATION):
             self.model.__dict__.pop(name, None)
-        for module, number in self.hooks:
+        for module, _ in self.hooks:
             journal.note_module(module)
-            module._forward_hooks.pop(number, None)
+        remove_hooks(self.hooks)
         self.hooks = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -356,12 +356,8 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, for the model-wide parts too, which stand outside the module tree."""
-        for part in self.parts.values():
-            part.train(mode)
         self.training = mode
-        for child in self._modules.values():
-            if child is not None:
-                set_mode(child, mode)
+        set_modes((*self.parts.values(), *self._modules.values()), mode)
         return self
 
 

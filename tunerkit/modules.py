@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+Hook: TypeAlias = tuple[nn.Module, int]
+"""A forward hook: the module on which it is, and the number that torch gave it there."""
 
 # Taken from a module, so that it is right for whatever version of torch runs.
 _BLANK = nn.Module().__dict__
@@ -18,15 +26,16 @@ def begin(module: nn.Module) -> None:
         state[name] = kind()
 
 
-def set_mode(module: nn.Module, mode: bool) -> None:
-    """Do what `module.train(mode)` does; a module with a `train` of its own is asked to do it itself."""
-    if type(module).train is not nn.Module.train or "train" in module.__dict__:
-        module.train(mode)
-        return
-    module.__dict__["training"] = mode
-    for child in module._modules.values():
-        if child is not None:
-            set_mode(child, mode)
+def set_modes(modules: Iterable[nn.Module | None], mode: bool) -> None:
+    """Do what `train(mode)` of each module does; one with a `train` of its own is asked to do it itself."""
+    for module in modules:
+        if module is None:
+            continue
+        if type(module).train is not nn.Module.train or "train" in module.__dict__:
+            module.train(mode)
+        else:
+            module.__dict__["training"] = mode
+            set_modes(module._modules.values(), mode)
 
 
 def modules_in(module: nn.Module) -> list[nn.Module]:
@@ -52,6 +61,17 @@ def tensors_in(module: nn.Module) -> list[Tensor]:
         for value in held.values()
         if value is not None
     ]
+
+
+def forward_hooks_in(module: nn.Module) -> set[Hook]:
+    """Return the forward hooks of a module and of those below it."""
+    return {(one, number) for one in modules_in(module) for number in one._forward_hooks}
+
+
+def remove_hooks(hooks: Iterable[Hook]) -> None:
+    """Take forward hooks off; those that are gone already are passed over."""
+    for module, number in hooks:
+        module._forward_hooks.pop(number, None)
 
 
 def frozen_keys(module: nn.Module) -> frozenset[str]:

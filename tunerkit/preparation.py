@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,13 +13,12 @@ from tunerkit.errors import AdapterStateError, ConfigError, KeywordWarning
 from tunerkit.journal import Journal
 from tunerkit.layer import tuner_layers
 from tunerkit.model_config import embedding_layers
-from tunerkit.modules import modules_in
+from tunerkit.modules import forward_hooks_in, remove_hooks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
-Hook: TypeAlias = tuple[nn.Module, int]
-"""A forward hook: the module on which it is, and the number that torch gave it there."""
+    from tunerkit.modules import Hook
 
 _KEPT_AS_STORED = ("aqlm", "eetq", "gptq", "hqq", "torchao")
 """The ways of storing a model's weights (transformers' `quantization_method`) whose other tensors keep their dtype."""
@@ -50,22 +49,12 @@ def add_input_hooks(model: nn.Module) -> list[Hook]:
     quantised = any(getattr(model, flag, False) for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
     if quantised or not any(hasattr(model, call) for call in ("enable_input_require_grads", "get_input_embeddings")):
         return []
-    before = _forward_hooks(model)
+    before = forward_hooks_in(model)
     with Journal() as journal:
         journal.note_module(model)
-        journal.note(lambda: remove_hooks(_forward_hooks(model) - before))
+        journal.note(lambda: remove_hooks(forward_hooks_in(model) - before))
         enable_input_gradients(model)
-    return [*(_forward_hooks(model) - before)]
-
-
-def remove_hooks(hooks: Iterable[Hook]) -> None:
-    """Take forward hooks off the modules on which they are."""
-    for module, number in hooks:
-        module._forward_hooks.pop(number, None)
-
-
-def _forward_hooks(model: nn.Module) -> set[Hook]:
-    return {(module, number) for module in modules_in(model) for number in module._forward_hooks}
+    return [*(forward_hooks_in(model) - before)]
 
 
 def enable_input_gradients(model: Any) -> None:

@@ -135,6 +135,11 @@ def stack_of(owner: Owner, layer: int, adapters: Mapping[str, Adapter], names: S
         route = _pushed(owner)
         if route is not None and layer in route.stacks:
             return route.stacks[layer]
+    return named(adapters, names)
+
+
+def named(adapters: Mapping[str, Adapter], names: Sequence[str]) -> tuple[Adapter, ...]:
+    """Return those of a layer's adapters that are named, in the order of the names."""
     return tuple(adapters[name] for name in names if name in adapters)
 
 

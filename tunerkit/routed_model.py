@@ -16,7 +16,7 @@ from tunerkit.fast_path import set_fast_paths
 from tunerkit.journal import Journal
 from tunerkit.naming import listing
 from tunerkit.processes import refuse_unaveraged
-from tunerkit.route import current, hold_in_backward, hold_routes, routed, stack_of
+from tunerkit.route import current, hold_in_backward, hold_routes, named, routed
 from tunerkit.rows import BASE, Rows
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class RoutedModel(AdaptedModel):
         self.biases.check_routed(names)
         self._make_routable(layers, [names])
         adapted = (layer for layer in layers if isinstance(layer, AdaptedLayer))
-        stacks = {layer._number: stack_of(self.owner, -1, layer._adapters, names) for layer in adapted}
+        stacks = {layer._number: named(layer._adapters, names) for layer in adapted}
         with self._routed(names, stacks):
             yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def main(
         for job in jobs:
             count = rounds or (min(job.rounds, 3) if short else job.rounds)
             task = progress.add_task(job.name, total=count)
-            results.append(runner.run(job, scale, count, lambda: progress.advance(task)))  # noqa: B023
+            results.append(runner.run(job, scale, count, partial(progress.advance, task)))
             progress.advance(whole)
             report.write(out, results, around)  # what is measured is not lost if a later job is interrupted
     for suffix in ("svg", "png"):
