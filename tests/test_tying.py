@@ -12,6 +12,7 @@ from tunerkit.adapter import Adapter, AdditiveAdapter
 from tunerkit.config import PeftConfig
 from tunerkit.errors import TyingWarning, UnsupportedSiteError
 from tunerkit.plugins.method import Method
+from tunerkit.targeting import places
 from tunerkit.tying import modules_that_share, remarks_on_ties
 
 
@@ -29,24 +30,26 @@ class Model(nn.Module):
 class TestModulesThatShare:
     def test_the_embedding_comes_first(self):
         model = Model()
-        assert [[place[0] for place in group] for group in modules_that_share(model)] == [["embed", "head"]]
+        assert [[place[0] for place in group] for group in modules_that_share(list(places(model)))] == [
+            ["embed", "head"]
+        ]
 
     def test_a_module_at_two_places_shares_nothing(self):
         model = Model()
         model.head.weight = nn.Parameter(torch.zeros(5, 3))
-        assert modules_that_share(model) == []
+        assert modules_that_share(list(places(model))) == []
 
 
 class TestRemarks:
     def test_nothing_that_is_changed(self):
-        assert remarks_on_ties(modules_that_share(Model()), [], tied=False) == []
+        assert remarks_on_ties(modules_that_share(list(places(Model()))), [], tied=False) == []
         assert remarks_on_ties([], [], tied=True) == [
             "ensure_weight_tying=True ties nothing: nothing that is adapted or saved shares a weight."
         ]
 
     def test_what_is_changed(self):
         model = Model()
-        shared = modules_that_share(model)
+        shared = modules_that_share(list(places(model)))
         assert remarks_on_ties(shared, [id(model.head)], tied=True) == []
         (remark,) = remarks_on_ties(shared, [id(model.head)], tied=False)
         assert remark.startswith("'embed', 'head' share a weight, which training only one of them")

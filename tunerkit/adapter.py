@@ -57,7 +57,7 @@ class Adapter(nn.Module):
 
     def __init__(self, site: Site, config: PeftConfig) -> None:
         del site, config
-        super().__init__()
+        begin(self)
 
     def merged(self, below: Below) -> tuple[Tensor, Tensor | None]:
         """Return the layer's weight and bias with this adapter folded in, changing nothing.

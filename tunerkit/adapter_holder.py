@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tunerkit.errors import AdapterStateError
-from tunerkit.layer import BaseTunerLayer, cast_up
+from tunerkit.layer import BaseTunerLayer, cast_up, is_layer
 from tunerkit.modules import begin, frozen_keys, parameters_in, set_trains, tensors_in
 from tunerkit.names import expose, withdraw
 from tunerkit.naming import listing
@@ -98,6 +98,11 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
     def adapters(self) -> dict[str, Adapter]:
         """The adapters by name."""
         return dict(self._adapters)
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the layer below all adapters, also where one such layer wraps another."""
+        base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
+        return base.get_base_layer() if is_layer(base) else base
 
     @property
     def available_adapters(self) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,8 @@ class _Open(threading.local):
 
 _OPEN = _Open()
 _CONTAINERS = (dict, set, list)
+_USUAL = frozenset({dict, OrderedDict, set, list})
+"""The types of the containers that modules have, told apart by identity; others are looked at more closely."""
 
 
 class Journal:
@@ -81,9 +84,13 @@ class Journal:
         if id(module) in self._noted:
             return
         state = module.__dict__.copy()
-        # Views hold nothing themselves, and most containers, of hooks, are empty.
-        full = (value for value in state.values() if isinstance(value, _CONTAINERS) and type(value) is not EntryView)
-        contents = [(value, value.copy()) for value in full if value]
+        contents = []  # of those that hold something: most are empty, of hooks; and views hold nothing themselves
+        for value in state.values():
+            if type(value) in _USUAL:
+                if value:
+                    contents.append((value, value.copy()))
+            elif isinstance(value, _CONTAINERS) and type(value) is not EntryView:
+                contents.append((value, value.copy()))
         flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
         self._notes.append((_restore_module, (module, state, contents, flags)))
         self._noted.add(id(module))

@@ -12,6 +12,7 @@ import itertools
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import AdapterWarning
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
     from tunerkit.route import Owner
+
+
+_DTYPES = (value for value in vars(torch).values() if isinstance(value, torch.dtype))
+_LOW = frozenset(dtype for dtype in _DTYPES if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize)
+"""The dtypes of lower precision than float32."""
 
 
 class MethodMeta(type):
@@ -362,7 +368,7 @@ def entry_name(key: str, name: str) -> str:
 def cast_up(tensors: Iterable[Tensor]) -> None:
     """Make tensors of lower precision float32, in place."""
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.element_size() < 4:  # noqa: PLR2004 - bytes of a float32
+        if tensor.dtype in _LOW:
             tensor.data = tensor.data.float()
 
 

@@ -96,8 +96,8 @@ class Matcher:
 
     def _count_layer(self, key: str) -> None:
         """Count the layer in which a targeted module is."""
-        found = None if self.choice is None else self.choice.find(key)
-        self.layers.update(name for name in found or () if name in self.layers)
+        if self.choice is not None:
+            self.layers.update(name for name in self.choice.find(key) or () if name in self.layers)
 
     @staticmethod
     def _count(counter: Counter[str], found: str | re.Match[str] | bool, key: str) -> str:
@@ -107,7 +107,9 @@ class Matcher:
         entry = found if isinstance(found, str) else found.re.pattern
         counter[entry] += 1
         # What was found is one of the entries that mean the module; the others have not matched nothing.
-        counter.update(ending for ending in endings(key) if ending in counter and ending != entry)
+        for ending in endings(key):
+            if ending in counter and ending != entry:
+                counter[ending] += 1
         return repr(entry)
 
 

@@ -63,13 +63,14 @@ def parameters_in(module: nn.Module) -> list[nn.Parameter]:
 
 def tensors_in(module: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers of a module and of those below it; one at two places comes twice."""
-    return [
-        value
-        for one in modules_in(module)
-        for held in (one._parameters, one._buffers)
-        for value in held.values()
-        if value is not None
-    ]
+    found: list[Tensor] = []
+    for one in modules_in(module):
+        for value in one._parameters.values():
+            if value is not None:
+                found.append(value)  # noqa: PERF401 - as above
+        if one._buffers:
+            found += [value for value in one._buffers.values() if value is not None]
+    return found
 
 
 def set_trains(tensors: Iterable[Tensor], changed: list[Flag], *, trains: bool) -> None:

@@ -12,7 +12,7 @@ from tunerkit.copied_module import ModulesToSaveWrapper
 from tunerkit.errors import TargetError, UnsupportedSiteError
 from tunerkit.layer import BaseTunerLayer, is_layer, layers_in, tuner_layers
 from tunerkit.naming import listing
-from tunerkit.targeting import HEADS, bare, match_name, paths_above, places
+from tunerkit.targeting import HEADS, bare, match_name, paths_above
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tunerkit.config import PeftConfig
     from tunerkit.journal import Journal
     from tunerkit.route import Owner
+    from tunerkit.targeting import ModulePlace
 
 _NEVER_CALLED = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -43,14 +44,14 @@ class WholeModules:
         entries: For each entry how many modules it matched.
 
     Args:
-        model: The base model; other adapters may be attached to it.
+        here: The places of the base model's modules; other adapters may be attached to them.
         config: The adapter's config.
 
     Raises:
         UnsupportedSiteError: A module is of a kind that is never called, or is adapted, or holds what is.
     """
 
-    def __init__(self, model: nn.Module, config: PeftConfig) -> None:
+    def __init__(self, here: Sequence[ModulePlace], config: PeftConfig) -> None:
         wanted: Sequence[str] = getattr(config, "modules_to_save", None) or ()
         self._wanted = frozenset(wanted)
         self.entries: Counter[str] = Counter(dict.fromkeys(wanted, 0))
@@ -58,12 +59,12 @@ class WholeModules:
         self._copying: dict[str, ModulesToSaveWrapper] = {}
         self._tied: set[str] = set()
         found: dict[int, WholeModule] = {}
-        for key, module, parent, name in places(model):
+        for key, module, parent, name in here:
             if is_layer(module):
                 self._layers[key] = module
-            if isinstance(module, ModulesToSaveWrapper):
+            if type(module) is ModulesToSaveWrapper:
                 self._copying[key] = module
-            entry = match_name(self._wanted, key)
+            entry = match_name(self._wanted, key) if self._wanted else None
             if not isinstance(entry, str):
                 continue
             self.entries[entry] += 1
@@ -73,13 +74,13 @@ class WholeModules:
             known = found.get(id(module), WholeModule(key, module, ()))
             found[id(module)] = WholeModule(known.name, module, (*known.places, (parent, name)))
         if tied_copies(config):
-            self._add_tied(model, found)
+            self._add_tied(here, found)
         self.modules = tuple(found.values())
 
-    def _add_tied(self, model: nn.Module, found: dict[int, WholeModule]) -> None:
+    def _add_tied(self, here: Sequence[ModulePlace], found: dict[int, WholeModule]) -> None:
         """Add the modules that hold a parameter of one that was found."""
         shared = {id(parameter) for whole in found.values() for parameter in bare(whole.module).parameters()}
-        for key, module, parent, name in list(places(model)):
+        for key, module, parent, name in here:
             own = bare(module)._parameters.values()
             if self.holder(key) is None and not shared.isdisjoint(id(one) for one in own if one is not None):
                 self._check(key, module)

@@ -225,7 +225,7 @@ def per_adapter(adapters: dict[str, nn.Module], name: str, check: Callable[[str]
 
 def entries_of(adapter: nn.Module) -> list[str]:
     """Return the names of the attributes that hold an adapter's tensors."""
-    return [entry for kind in _KINDS for entry in adapter.__dict__[kind]]
+    return [*adapter._parameters, *adapter._buffers, *adapter._modules]
 
 
 def expose(owner: nn.Module, adapters: dict[str, nn.Module], name: str) -> None:
@@ -235,8 +235,10 @@ def expose(owner: nn.Module, adapters: dict[str, nn.Module], name: str) -> None:
         PluginError: The owner has something else under the name of an entry.
     """
     adapter = adapters[name]
-    for entry in entries_of(adapter):
-        if not isinstance(owner._modules.get(entry), EntryModule) and _has(owner, entry):
+    entries = entries_of(adapter)
+    shown = owner._modules
+    for entry in entries:
+        if type(shown.get(entry)) is not EntryModule and _has(owner, entry):
             msg = (
                 f"The adapter class {type(adapter).__name__} holds tensors under {entry!r}, which is an attribute of "
                 f"every {type(owner).__name__}, so they could not be found there. Give the entry another name."
@@ -244,18 +246,19 @@ def expose(owner: nn.Module, adapters: dict[str, nn.Module], name: str) -> None:
             raise PluginError(msg)
     # Children are found without `nn.Module.__getattr__`, which would cost more than all else in a small forward pass.
     adapter.__dict__.update(adapter._modules)
-    for entry in entries_of(adapter):
-        if entry not in owner._modules:
-            owner._modules[entry] = module = EntryModule(adapters, entry)
+    for entry in entries:
+        if entry not in shown:
+            shown[entry] = module = EntryModule(adapters, entry)
             module.__dict__["training"] = owner.training
     for entry in adapter._non_persistent_buffers_set:
-        owner._modules[entry]._non_persistent_buffers_set.add(name)  # type: ignore[union-attr]
+        shown[entry]._non_persistent_buffers_set.add(name)  # type: ignore[union-attr]
 
 
 def _has(owner: nn.Module, name: str) -> bool:
     # Not `hasattr`: what the owner merely forwards to the layer below is no obstacle.
     state = owner.__dict__
-    return name in state or hasattr(type(owner), name) or any(name in state[kind] for kind in _KINDS)
+    held = name in state["_modules"] or name in state["_parameters"] or name in state["_buffers"]
+    return held or name in state or hasattr(type(owner), name)
 
 
 def withdraw(owner: nn.Module, adapters: dict[str, nn.Module]) -> None:

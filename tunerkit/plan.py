@@ -31,13 +31,13 @@ from tunerkit.targeting import (
 from tunerkit.tying import modules_that_share, remarks_on_ties
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     from torch import nn
 
     from tunerkit.modules_to_save import WholeModule
     from tunerkit.sites import Site
-    from tunerkit.targeting import Place
+    from tunerkit.targeting import ModulePlace, Place
     from tunerkit.tying import Shared
 
 
@@ -170,14 +170,15 @@ def make_plan(
     config = _prepared(chooser, config, model_config)
     if wants_all_linear(config):
         config.target_modules = _all_linear(model, config)  # type: ignore[attr-defined]
-    whole = WholeModules(model, config)
+    here = list(places(model))
+    whole = WholeModules(here, config)
     matcher = Matcher(config, chooser, whole)
     if state_keys is not None:
         _refuse_target_parameters(config)
         matcher.only_in(keys_in_state(model, state_keys, entries, prefix))
     targets: dict[tuple[int, str | None], Target] = {}
     decisions: list[Decision] = []
-    modules = ((*place, None) for place in places(model))
+    modules = ((*place, None) for place in here)
     parameters = parameter_places(model) if getattr(config, "target_parameters", None) else ()
     along: dict[int, str] = {}
     for key, module, parent, name, parameter in itertools.chain(modules, parameters):
@@ -187,17 +188,13 @@ def make_plan(
             verdict, reason = "adapted", along[id(base)]
         found = [(module, parent, name, parameter)]
         if verdict == "adapted" and parameter is None and (kind := _site_class(base, kinds)) is not None:
-            why_not = None if id(base) in along else kind.alone(base)
-            if why_not is not None:
-                msg = f"The module {key!r} ({type(base).__name__}) cannot be adapted: {why_not}."
-                raise UnsupportedSiteError(msg)
-            along.update({id(bare(base._modules[child])): f"with {key!r}" for child in kind.along})  # type: ignore[arg-type]
+            _take_along(kind, base, key, along)
             found = [place_of_parameter(module, parent, name, own) for own in kind.parameters_of(base)] or found
         if verdict == "adapted":
             whole.check_free(key)
         for target in found:
             _note(targets, decisions, key, target, (verdict, reason))
-    ties = _tied(model, config, targets, decisions, whole)
+    ties = _tied(here, config, targets, decisions, whole)
     by_pattern = any(getattr(config, setting) for setting in config._patterns)
     plan = Plan(
         config,
@@ -223,6 +220,16 @@ def _site_class(module: nn.Module, kinds: Collection[str]) -> type[Site] | None:
     return kind if kind is not None and kind.kind in kinds else None
 
 
+def _take_along(kind: type[Site], module: nn.Module, key: str, along: dict[int, str]) -> None:
+    """Note the children that are adapted along with a module, by their ids, with why."""
+    why_not = None if id(module) in along else kind.alone(module)
+    if why_not is not None:
+        msg = f"The module {key!r} ({type(module).__name__}) cannot be adapted: {why_not}."
+        raise UnsupportedSiteError(msg)
+    for child in kind.along:
+        along[id(bare(module._modules[child]))] = f"with {key!r}"  # type: ignore[arg-type]
+
+
 def _settings_name(target: Target) -> str:
     site = make_site(bare(target.module), target.name, target.parameter_name)
     return target.name if site is None else site.settings_name
@@ -237,7 +244,8 @@ def _note(
 ) -> None:
     """Note what was decided for a module, or for a parameter, at one of its places."""
     module, parent, name, parameter = place
-    spot = id(bare(module)), parameter
+    base = bare(module)
+    spot = id(base), parameter
     verdict, reason = decided
     if spot in targets:
         # What stands at several places gets one adapter, put at those of its places that are meant.
@@ -248,13 +256,13 @@ def _note(
     if verdict == "adapted":
         targets[spot] = Target(key, module, ((parent, name),), parameter)
     if parameter is None:
-        decisions.append(Decision(key, type(bare(module)).__name__, verdict, reason))
+        decisions.append(Decision(key, type(base).__name__, verdict, reason))
     elif verdict == "adapted":
         decisions.append(Decision(f"{key}.{parameter}", "Parameter", verdict, reason))
 
 
 def _tied(
-    model: nn.Module,
+    here: Sequence[ModulePlace],
     config: PeftConfig,
     targets: dict[tuple[int, str | None], Target],
     decisions: list[Decision],
@@ -263,7 +271,7 @@ def _tied(
     """Tie the targets that share a weight if the config asks for it; return what is to be known of such weights."""
     if not hasattr(config, "ensure_weight_tying"):
         return []
-    shared = modules_that_share(model)
+    shared = modules_that_share(here)
     changed = {base for base, _ in targets} | {id(bare(one.module)) for one in whole.modules}
     for group in shared if tied_copies(config) else ():
         _tie(targets, decisions, group, whole)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Place: TypeAlias = "tuple[nn.Module, nn.Module, str, str | None]"
 """What stands at a place, its parent, its name in it, and the one parameter that is meant, if it is one."""
 
+ModulePlace: TypeAlias = "tuple[str, nn.Module, nn.Module, str]"
+"""A module's path, the module, its parent and its name in it."""
+
 Value = TypeVar("Value")
 
 ALL_LINEAR = "all-linear"
@@ -148,10 +151,10 @@ def correct_orientation(config: PeftConfig, modules: list[nn.Module]) -> tuple[s
         What was corrected, in words.
     """
     says = getattr(config, "fan_in_fan_out", None)
-    layers = [] if says is None else [bare(module) for module in modules if is_linear(module)]
-    if not layers:
+    last = None if says is None else next((module for module in reversed(modules) if is_linear(module)), None)
+    if last is None:
         return ()
-    kind = type(layers[-1])
+    kind = type(bare(last))
     site = site_class(kind)
     transposed = site is not None and site.transposed
     if transposed == says:
@@ -182,7 +185,7 @@ def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]
     yield from ((key, module) for key, module, _, _ in places(model))
 
 
-def places(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
+def places(module: nn.Module, prefix: str = "") -> Iterator[ModulePlace]:
     """Go through the places of the modules below: path, module, parent and name in it.
 
     A module that stands at several places comes once for each. Layers with adapters are not entered, other than for the

@@ -23,6 +23,7 @@ from tunerkit.fast_path import set_fast_paths
 from tunerkit.hook_calls import HookCalls, declared_method, overrides_hooks
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, cast_up, layers_in, original
+from tunerkit.modules import parameters_in
 from tunerkit.modules_to_save import put_copies, tied_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
@@ -86,7 +87,8 @@ class BaseTuner(HookCalls, RoutedModel):
         adapted = bool(layers_in(model))
         self.active_adapter: str | list[str] = name
         # A second tuner on the same model finds the base frozen by the first.
-        self._were_trainable = [] if adapted else [p for p in model.parameters() if p.requires_grad]
+        found = [] if adapted else dict.fromkeys(parameters_in(model))
+        self._were_trainable = [parameter for parameter in found if parameter.requires_grad]
         with Journal() as journal:
             journal.note_module(model)
             journal.note_flags(self._were_trainable)
@@ -190,7 +192,7 @@ class BaseTuner(HookCalls, RoutedModel):
                 model.__dict__[REPLICATION] = self.replication
             plan = self.plan(config, state_dict)
             face = self._face_for(config)
-            part = self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage)
+            part = self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage, cast=autocast_adapter_dtype)
             layers = attach(
                 face._create_and_replace,
                 plan,
@@ -201,6 +203,7 @@ class BaseTuner(HookCalls, RoutedModel):
                 layer_class=face.tuner_layer_cls,
                 via_hook=not overrides_hooks(type(face)),
                 meta=low_cpu_mem_usage,
+                cast=autocast_adapter_dtype,
             )
             # Copies are of the base model's own, without the biases that another adapter trains.
             shown = self.biases.shown
@@ -212,7 +215,6 @@ class BaseTuner(HookCalls, RoutedModel):
                 self.biases = Biases(adapter_name, which, model)
             self.peft_config[adapter_name] = plan.config
             model.__dict__["peft_config"] = self.peft_config
-            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             self._activate_new(layers, adapter_name, frozen=plan.config.inference_mode)
             set_fast_paths(model, journal, disabled=self.disabled)
             # A warning may be made an error, and then the adapter is not put in.
@@ -226,11 +228,11 @@ class BaseTuner(HookCalls, RoutedModel):
             for sentence in plan.ties:
                 warnings.warn(TyingWarning(sentence), stacklevel=2)
 
-    def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool) -> Part | None:
+    def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool, cast: bool) -> Part | None:
         declared = _declared(face, plan.config)
         if declared is None or declared.part is None or not declared.adapters:
             return None
-        part = make_part(declared.part, plan, declared.kinds, meta=meta)
+        part = make_part(declared.part, plan, declared.kinds, meta=meta, cast=cast)
         self.parts[name] = part
         expose(self, self.parts, name)  # type: ignore[arg-type]
         return part

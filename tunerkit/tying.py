@@ -7,27 +7,33 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tunerkit.naming import listing
-from tunerkit.targeting import bare, places
+from tunerkit.targeting import bare
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
-    Shared = list[tuple[str, nn.Module, nn.Module, str]]
+    from tunerkit.targeting import ModulePlace
+
+    Shared = list[ModulePlace]
 
 
-def modules_that_share(model: nn.Module) -> list[Shared]:
+def modules_that_share(here: Sequence[ModulePlace]) -> list[Shared]:
     """Return the groups of modules that hold one and the same parameter as their weight.
+
+    Args:
+        here: The places of a model's modules.
 
     Returns:
         For each such parameter the places of the modules: path, module, parent and name in it. An embedding comes
         first, for that is where the weight is at home.
     """
     groups: dict[int, Shared] = {}
-    for place in places(model):
+    for place in here:
         weight = bare(place[1])._parameters.get("weight")
         if weight is not None:
             groups.setdefault(id(weight), []).append(place)
-    several = [group for group in groups.values() if len({id(bare(module)) for _, module, _, _ in group}) > 1]
+    met = (group for group in groups.values() if len(group) > 1)
+    several = [group for group in met if len({id(bare(module)) for _, module, _, _ in group}) > 1]
     return [sorted(group, key=lambda place: not isinstance(bare(place[1]), nn.Embedding)) for group in several]
 
 

@@ -181,7 +181,8 @@ class Site:
     @property
     def stored(self) -> Tensor:
         """The weight as the layer stores it."""
-        return self.module.weight  # type: ignore[return-value]
+        own = self.module._parameters.get("weight")  # asked first: torch looks up an attribute in Python
+        return self.module.weight if own is None else own  # type: ignore[return-value]
 
     @property
     def weight(self) -> Tensor:
@@ -284,27 +285,27 @@ class Site:
 
     def zeros(self, *shape: int) -> Tensor:
         """Return a new tensor of zeros for an adapter at this site."""
-        return self._filled(shape, Tensor.zero_)
+        tensor = self.empty(*shape)
+        return tensor if tensor.is_meta else tensor.zero_()
 
     def ones(self, *shape: int) -> Tensor:
         """Return a new tensor of ones for an adapter at this site."""
-        return self._filled(shape, lambda tensor: tensor.fill_(1))
+        tensor = self.empty(*shape)
+        return tensor if tensor.is_meta else tensor.fill_(1)
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
         """Return a new tensor of normally distributed numbers for an adapter at this site."""
-        return self._filled(shape, lambda tensor: tensor.normal_(std=std))
+        tensor = self.empty(*shape)
+        return tensor if tensor.is_meta else tensor.normal_(std=std)
 
     def uniform(self, *shape: int, bound: float) -> Tensor:
         """Return a new tensor of numbers drawn evenly from -bound to bound for an adapter at this site."""
-        return self._filled(shape, lambda tensor: tensor.uniform_(-bound, bound))
+        tensor = self.empty(*shape)
+        return tensor if tensor.is_meta else tensor.uniform_(-bound, bound)
 
     def kaiming_uniform(self, *shape: int) -> Tensor:
         """Return a new tensor as `nn.Linear` starts its weight: uniform within 1 / sqrt(columns)."""
         return self.uniform(*shape, bound=1 / math.sqrt(max(shape[-1], 1)))
-
-    def _filled(self, shape: tuple[int, ...], fill: Callable[[Tensor], Tensor]) -> Tensor:
-        tensor = self.empty(*shape)
-        return tensor if tensor.is_meta else fill(tensor)
 
 
 class Bound:

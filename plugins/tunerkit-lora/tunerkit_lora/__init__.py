@@ -97,6 +97,9 @@ def _adapter_class(site: Site, config: LoraConfig) -> type[LowRankAdapter]:
             )
             raise UnsupportedSiteError(msg)
         return LoraAttention if site.kind == "attention" else LoraOutputProjection
-    if config.is_anchored and site.kind == "linear":
+    if site.kind == "linear" and config.is_anchored:
         return AnchoredDora if config.use_dora else AnchoredLora
-    return next(adapter for adapter in (*(_DORA if config.use_dora else ()), *_PLAIN) if site.kind in adapter.kinds)
+    for adapter in _DORA if config.use_dora else ():
+        if site.kind in adapter.kinds:
+            return adapter
+    return next(adapter for adapter in _PLAIN if site.kind in adapter.kinds)

@@ -38,14 +38,16 @@ class LoraAdapter(LowRankAdapter):
     with rank-stabilised scaling (arXiv 2312.03732). With `lora_bias` ``B`` has a bias ``c``, and ``s c`` is added too.
     """
 
+    lora_A: Factor  # noqa: N815 - the name in a checkpoint
+    lora_B: Factor  # noqa: N815 - the same
     entries: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     factor_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
         first, second = starting_factors(site, self.r, self.scaling, config)
-        self.lora_A, self.lora_B = self.make_layers(site, first, second, starting_bias(site, self.r, config))
-        self.own_start = isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"
+        own = self._modules  # not by attributes, which would cost as much as the factors
+        own["lora_A"], own["lora_B"] = self.make_layers(site, first, second, starting_bias(site, self.r, config))
         if not config.trains_second:
             self.lora_B.requires_grad_(requires_grad=False)
 
@@ -121,7 +123,7 @@ class LoraAdapter(LowRankAdapter):
         if not isinstance(other, LoraEmbedding):
             super().tie(other)
             return
-        if self.own_start:
+        if self.has_own_start:
             msg = (
                 "ensure_weight_tying=True needs factors that start the same on both of two tied layers: set "
                 "init_lora_weights to True, False or 'gaussian'."

@@ -34,6 +34,7 @@ class LowRankAdapter(AdditiveAdapter):
         lora_bias: Whether the second factor has a bias.
         use_dora: Whether magnitude and direction of the weight are learned apart.
         factor_keys: Where the first and the second factor are.
+        has_own_start: Whether the factors started from what belongs to this layer alone.
         rank_groups: Into how many groups the rank is divided.
     """
 
@@ -43,6 +44,7 @@ class LowRankAdapter(AdditiveAdapter):
     scaling: float
     lora_dropout: float
     lora_bias: bool
+    has_own_start: bool
     use_dora: bool = False
     settings: ClassVar[tuple[str, ...]] = ("scaling",)
     factor_keys: ClassVar[tuple[str, str]]
@@ -57,6 +59,7 @@ class LowRankAdapter(AdditiveAdapter):
             use_rslora=config.use_rslora,
             lora_dropout=config.lora_dropout,
             lora_bias=config.lora_bias,
+            has_own_start=config.has_own_start,
         )
         self.__dict__["scaling"] = self.initial_scaling
 

@@ -226,9 +226,14 @@ class LoraConfig(PeftConfig):
         return super().from_dict({**values, "lora_ga_config": None})
 
     @property
+    def has_own_start(self) -> bool:
+        """Whether the factors start from what belongs to one layer alone: its weight, or its inputs."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
+
+    @property
     def is_anchored(self) -> bool:
         """Whether the factors start from the weight itself, and that start is taken off again."""
-        return ANCHORED.fullmatch(str(self.init_lora_weights)) is not None
+        return self.has_own_start and ANCHORED.fullmatch(str(self.init_lora_weights)) is not None
 
     @property
     def trains_second(self) -> bool:
