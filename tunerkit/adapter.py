@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tunerkit.alike import run_alike
 from tunerkit.errors import AdapterStateError, UnsupportedSiteError
 from tunerkit.modules import begin
-from tunerkit.sites import Bound
+from tunerkit.sites import Bound, is_just_called
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -300,17 +300,19 @@ def add_low_rank(y: Tensor, x: Tensor, down: nn.Module, up: nn.Module, scaling: 
         up: The factor with weight out x rank.
         scaling: The factor before the product; a tensor of one number where a compiled model must not depend on it.
     """
-    a: Tensor | None = down._parameters.get("weight")
-    b: Tensor | None = up._parameters.get("weight")
-    if a is None or b is None or not (_is_plain(down, a) and _is_plain(up, b)):
+    a, b = plain_weight(down), plain_weight(up)
+    if a is None or b is None:
         return y + scaling * _call(up, _call(down, x)).to(y.dtype)
+    dtype = y.dtype
     hidden = F.linear(x, a if a.dtype is x.dtype else a.to(x.dtype))
-    if hidden.dtype is not y.dtype:
-        hidden = hidden.to(y.dtype)
-    if b.dtype is not y.dtype:
-        b = b.to(y.dtype)
+    if hidden.dtype is not dtype:
+        hidden = hidden.to(dtype)
+    if b.dtype is not dtype:
+        b = b.to(dtype)
     if isinstance(scaling, Tensor):
-        hidden, scaling = hidden * scaling.to(hidden.dtype), 1.0
+        hidden, scaling = hidden * scaling.to(dtype), 1.0
+    if y.dim() == 2:  # noqa: PLR2004 - what addmm takes; asking costs less than a view that changes nothing
+        return torch.addmm(y, hidden, b.t(), alpha=scaling)
     rows = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b.t(), alpha=scaling)
     return rows.view(y.shape)
 
@@ -346,10 +348,18 @@ def add_low_rank_rows(
     return torch.baddbmm(rows, hidden, bank_b.mT, alpha=alpha).view(y.shape)
 
 
+def plain_weight(factor: nn.Module) -> Tensor | None:
+    """Return a factor's weight if a product with it is all that calling the factor is, otherwise None."""
+    parameters = factor.__dict__["_parameters"]
+    if type(factor) is not nn.Linear or parameters.get("bias") is not None or not is_just_called(factor):
+        return None
+    weight: Tensor | None = parameters.get("weight")
+    return weight
+
+
 def have_plain_weights(*factors: nn.Module) -> bool:
     """Return whether reading the weights of factors is the same as calling them."""
-    weights = ((factor, factor._parameters.get("weight")) for factor in factors)
-    return all(weight is not None and _is_plain(factor, weight) for factor, weight in weights)
+    return all(plain_weight(factor) is not None for factor in factors)
 
 
 def _bank(factors: Sequence[nn.Module], dim: int) -> Tensor:
@@ -366,17 +376,3 @@ def _bank(factors: Sequence[nn.Module], dim: int) -> Tensor:
 def _call(factor: nn.Module, x: Tensor) -> Tensor:
     weight = factor._parameters.get("weight")
     return factor(x if weight is None or not weight.is_floating_point() else x.to(weight.dtype))  # type: ignore[no-any-return]
-
-
-def _is_plain(layer: nn.Module, weight: Tensor) -> bool:
-    """Return whether reading the weight is the same as calling the layer: nothing hooked, replaced or off-loaded."""
-    return (
-        type(layer) is nn.Linear
-        and not layer._forward_pre_hooks
-        and not layer._forward_hooks
-        and not layer._backward_pre_hooks
-        and not layer._backward_hooks
-        and layer._parameters.get("bias") is None
-        and "forward" not in layer.__dict__
-        and not weight.is_meta
-    )

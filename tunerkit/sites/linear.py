@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch.nn.modules import module as torch_module
+
 from tunerkit.sites.base import Site, unfit_weight
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
@@ -23,6 +25,16 @@ class LinearSite(Site):
     def takes(cls, module: nn.Module) -> str | None:
         """Return why this very layer cannot be adapted, or None."""
         return unfit_weight(module)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer as it is."""
+        module = self.module
+        if type(module) is nn.Linear and not args and not kwargs and is_just_called(module):
+            parameters = module._parameters
+            if "weight" in parameters and "bias" in parameters:
+                # The same without `nn.Module.__call__` and `__getattr__`, which cost more than a small product.
+                return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+        return module(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer on `x` with these parameters in place of its own."""
@@ -48,14 +60,28 @@ class TransposedLinearSite(LinearSite):
         return weight.reshape(self.weight.shape).T.contiguous()
 
 
+def is_just_called(module: nn.Module) -> bool:
+    """Return whether calling a module runs the `forward` of its class and nothing else.
+
+    Hooks come and go at any time, so this is asked at every call.
+    """
+    state = module.__dict__
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_compiled_call_impl" in state
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Return whether calling the layer is the same as calling `F.linear`."""
     kind = type(module)
-    return (
-        (kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" == CONV1D)
-        and "forward" not in module.__dict__
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and not module._backward_pre_hooks
-        and not module._backward_hooks
-    )
+    known = kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" == CONV1D
+    return known and is_just_called(module)
