@@ -186,6 +186,14 @@ class TestAddLowRank:
         factors[which] = doubling
         assert torch.allclose(add_low_rank(y, x, *factors, 1.0), 2 * plain, atol=1e-6)
 
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_a_factor_with_a_hook_is_called(self, which):
+        factors = [linear(torch.randn(2, 5)), linear(torch.randn(4, 2))]
+        x, y = torch.randn(3, 5), torch.zeros(3, 4)
+        plain = add_low_rank(y, x, *factors, 1.0)
+        factors[which].register_forward_hook(lambda _module, _args, output: 2 * output)
+        assert torch.allclose(add_low_rank(y, x, *factors, 1.0), 2 * plain, atol=1e-6)
+
     def test_a_factor_that_stores_integers_gets_the_input_as_it_is(self):
         class Stored(nn.Module):
             def __init__(self):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tunerkit.alike import run_alike
 from tunerkit.errors import AdapterStateError, UnsupportedSiteError
 from tunerkit.modules import begin
-from tunerkit.sites import Bound, is_just_called
+from tunerkit.sites import Bound, is_plain_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -351,9 +351,9 @@ def add_low_rank_rows(
 def plain_weight(factor: nn.Module) -> Tensor | None:
     """Return a factor's weight if a product with it is all that calling the factor is, otherwise None."""
     parameters = factor.__dict__["_parameters"]
-    if type(factor) is not nn.Linear or parameters.get("bias") is not None or not is_just_called(factor):
+    if not is_plain_linear(factor) or parameters["bias"] is not None:
         return None
-    weight: Tensor | None = parameters.get("weight")
+    weight: Tensor | None = parameters["weight"]
     return weight
 
 

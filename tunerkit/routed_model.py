@@ -40,6 +40,8 @@ class RoutedModel(AdaptedModel):
         Raises:
             TunerkitError: The rows cannot have these adapters; see `use_rows`.
         """
+        if adapter_names is None:
+            return self._forward(args, kwargs)
         with self.rows_of_call(adapter_names, args, kwargs):
             return self._forward(args, kwargs)
 
@@ -47,7 +49,7 @@ class RoutedModel(AdaptedModel):
         refuse_unaveraged()
         route = self._route()
         names = tuple(self.active_adapters) if route is None or isinstance(route, Rows) else route
-        call: Any = self.model
+        call: Any = self._modules["model"]
         for name in names if self.parts and not isinstance(route, Rows) else ():
             if name in self.parts:
                 call = functools.partial(self.parts[name].around, call)

@@ -10,7 +10,7 @@ from tunerkit.sites.attention import SHOWN, AttentionSite, OutputProjectionSite
 from tunerkit.sites.base import Below, Bound, Site, is_making_on_meta, make_on_meta, twin
 from tunerkit.sites.convolution import Convolution1dSite, Convolution2dSite, Convolution3dSite, ConvolutionSite
 from tunerkit.sites.embedding import EmbeddingSite
-from tunerkit.sites.linear import CONV1D, LinearSite, TransposedLinearSite, is_just_called
+from tunerkit.sites.linear import CONV1D, LinearSite, TransposedLinearSite, is_plain_linear
 from tunerkit.sites.parameter import ParameterSite
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ __all__ = [
     "Site",
     "TransposedLinearSite",
     "in_words",
-    "is_just_called",
     "is_making_on_meta",
+    "is_plain_linear",
     "make_on_meta",
     "make_site",
     "register_site",

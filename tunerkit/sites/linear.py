@@ -6,13 +6,15 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from torch.nn.modules import module as torch_module
 
 from tunerkit.sites.base import Site, unfit_weight
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """The full name of the layer that GPT-2 and its like are made of. It is linear, in spite of its name."""
+
+_FORWARD = nn.Linear.forward
+"""What may be replaced for all linear layers, as some programs do."""
 
 
 class LinearSite(Site):
@@ -29,16 +31,15 @@ class LinearSite(Site):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer as it is."""
         module = self.module
-        if type(module) is nn.Linear and not args and not kwargs and is_just_called(module):
+        if not args and not kwargs and is_plain_linear(module):
+            # The same without `nn.Module.__call__` and `__getattr__`, which cost more than a small product.
             parameters = module._parameters
-            if "weight" in parameters and "bias" in parameters:
-                # The same without `nn.Module.__call__` and `__getattr__`, which cost more than a small product.
-                return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+            return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
         return module(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer on `x` with these parameters in place of its own."""
-        if not args and not kwargs and _is_plain(self.module):
+        if not args and not kwargs and _takes_weight(self.module):
             dtype = self.stored.dtype
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         return super().run(x, weight, bias, *args, **kwargs)
@@ -60,11 +61,20 @@ class TransposedLinearSite(LinearSite):
         return weight.reshape(self.weight.shape).T.contiguous()
 
 
-def is_just_called(module: nn.Module) -> bool:
-    """Return whether calling a module runs the `forward` of its class and nothing else.
+def is_plain_linear(module: nn.Module) -> bool:
+    """Return whether calling a layer is `F.linear` with its parameters `weight` and `bias`, and nothing else.
 
     Hooks come and go at any time, so this is asked at every call.
     """
+    if type(module) is not nn.Linear or nn.Linear.forward is not _FORWARD or not _is_just_called(module):
+        return False
+    parameters = module.__dict__["_parameters"]
+    # An offloader, or who computes them anew at every call, may hold them as plain attributes.
+    return "weight" in parameters and "bias" in parameters
+
+
+def _is_just_called(module: nn.Module) -> bool:
+    """Return whether calling a module runs the `forward` of its class and nothing else."""
     state = module.__dict__
     return not (
         state["_forward_hooks"]
@@ -80,8 +90,7 @@ def is_just_called(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Return whether calling the layer is the same as calling `F.linear`."""
+def _takes_weight(module: nn.Module) -> bool:
+    """Return whether calling the layer with another weight is the same as calling `F.linear` with it."""
     kind = type(module)
-    known = kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" == CONV1D
-    return known and is_just_called(module)
+    return is_plain_linear(module) or (f"{kind.__module__}.{kind.__qualname__}" == CONV1D and _is_just_called(module))
