@@ -10,7 +10,7 @@ from tunerkit.sites.attention import SHOWN, AttentionSite, OutputProjectionSite
 from tunerkit.sites.base import Below, Bound, Site, is_making_on_meta, make_on_meta, twin
 from tunerkit.sites.convolution import Convolution1dSite, Convolution2dSite, Convolution3dSite, ConvolutionSite
 from tunerkit.sites.embedding import EmbeddingSite
-from tunerkit.sites.linear import CONV1D, LinearSite, TransposedLinearSite, is_plain_linear
+from tunerkit.sites.linear import CONV1D, LinearSite, TransposedLinearSite, plain_parameters
 from tunerkit.sites.parameter import ParameterSite
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ __all__ = [
     "TransposedLinearSite",
     "in_words",
     "is_making_on_meta",
-    "is_plain_linear",
     "make_on_meta",
     "make_site",
+    "plain_parameters",
     "register_site",
     "site_class",
     "twin",

@@ -31,9 +31,9 @@ class LinearSite(Site):
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer as it is."""
         module = self.module
-        if not args and not kwargs and is_plain_linear(module):
+        parameters = None if args or kwargs else plain_parameters(module)
+        if parameters is not None:
             # The same without `nn.Module.__call__` and `__getattr__`, which cost more than a small product.
-            parameters = module._parameters
             return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
         return module(x, *args, **kwargs)  # type: ignore[no-any-return]
 
@@ -61,23 +61,23 @@ class TransposedLinearSite(LinearSite):
         return weight.reshape(self.weight.shape).T.contiguous()
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Return whether calling a layer is `F.linear` with its parameters `weight` and `bias`, and nothing else.
+def plain_parameters(
+    module: nn.Module, kind: type[nn.Module] = nn.Linear, forward: object = _FORWARD
+) -> dict[str, nn.Parameter | None] | None:
+    """Return the parameters `weight` and `bias` of a linear layer if `F.linear` with them is all that calling it is.
 
     Hooks come and go at any time, so this is asked at every call.
+
+    Args:
+        module: The layer.
+        kind: The class that it must be of.
+        forward: The `forward` that the class must have.
     """
-    if type(module) is not nn.Linear or nn.Linear.forward is not _FORWARD or not _is_just_called(module):
-        return False
-    parameters = module.__dict__["_parameters"]
-    # An offloader, or who computes them anew at every call, may hold them as plain attributes.
-    return "weight" in parameters and "bias" in parameters
-
-
-def _is_just_called(module: nn.Module) -> bool:
-    """Return whether calling a module runs the `forward` of its class and nothing else."""
     state = module.__dict__
-    return not (
-        state["_forward_hooks"]
+    if (
+        type(module) is not kind
+        or kind.forward is not forward
+        or state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
@@ -87,10 +87,16 @@ def _is_just_called(module: nn.Module) -> bool:
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
-    )
+    ):
+        return None
+    parameters: dict[str, nn.Parameter | None] = state["_parameters"]
+    # An offloader, or who computes them anew at every call, may hold them as plain attributes.
+    return parameters if "weight" in parameters and "bias" in parameters else None
 
 
 def _takes_weight(module: nn.Module) -> bool:
     """Return whether calling the layer with another weight is the same as calling `F.linear` with it."""
     kind = type(module)
-    return is_plain_linear(module) or (f"{kind.__module__}.{kind.__qualname__}" == CONV1D and _is_just_called(module))
+    if f"{kind.__module__}.{kind.__qualname__}" == CONV1D:
+        return plain_parameters(module, kind, kind.forward) is not None
+    return plain_parameters(module) is not None
