@@ -85,9 +85,7 @@ def add_low_rank_rows(
     return groups.join([positions], [size], [added.view(-1, *y.shape[1:])])  # type: ignore[no-any-return]
 
 
-def _add_in_banks(
-    y: Tensor, x: Tensor, bank_a: Tensor, bank_b: Tensor, scales: Tensor | None, alpha: float
-) -> Tensor:
+def _add_in_banks(y: Tensor, x: Tensor, bank_a: Tensor, bank_b: Tensor, scales: Tensor | None, alpha: float) -> Tensor:
     """Return the sum for batches x ... with factors, and perhaps a scale, for each of the batches."""
     hidden = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), bank_a.mT).to(y.dtype)
     if scales is not None:
