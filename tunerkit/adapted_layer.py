@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
-
 from tunerkit.adapter import AdditiveAdapter
+from tunerkit.adapter_holder import AdapterHolder
 from tunerkit.errors import AdapterStateError, MergeError, RouteError
 from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
-from tunerkit.layer import BaseTunerLayer, cast_up, own_call, split_input
-from tunerkit.modules import begin, frozen_keys, parameters_in, set_modes, tensors_in
-from tunerkit.names import PerAdapter, expose, per_adapter, withdraw
+from tunerkit.layer import own_call, split_input
+from tunerkit.modules import set_modes
+from tunerkit.names import PerAdapter, per_adapter, withdraw
 from tunerkit.naming import listing
-from tunerkit.route import BACKWARD, CALL, Owner, check_held, current, stack_of
+from tunerkit.route import BACKWARD, CALL, check_held, current, stack_of
 from tunerkit.row_groups import run_layer
 from tunerkit.rows import Rows
 from tunerkit.sites import SHOWN, Bound, ParameterSite, Site
@@ -21,47 +20,19 @@ from tunerkit.sites import SHOWN, Bound, ParameterSite, Site
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import Tensor, nn
+
     from tunerkit.adapter import Adapter
     from tunerkit.route import Names
 
 
-class AdaptedLayer(nn.Module, BaseTunerLayer):
+class AdaptedLayer(AdapterHolder):
     """A base layer and its adapters, which stand on one another in the order in which they are active.
 
-    What is active is resolved when it changes, into an immutable tuple that is swapped in one assignment; `forward`
-    looks nothing up by name and changes nothing.
-
-    Args:
-        site: The base layer.
-        owner: Stands for the model to which the layer belongs.
+    `forward` looks nothing up by name and changes nothing; see `AdapterHolder` for what is active.
     """
 
-    base_layer: nn.Module
     follows_routes: ClassVar[bool] = True
-
-    def __init__(self, site: Site, owner: Owner) -> None:
-        begin(self)
-        self._modules["base_layer"] = site.module
-        self.__dict__.update(
-            training=site.module.training,
-            _adapters={},
-            _stack=(),
-            _sole=None,
-            _site=site,
-            _owner=owner,
-            _merged=None,
-            _active_adapter=[],
-            _merged_before=None,
-            _number=owner.number(),
-        )
-
-    _adapters: dict[str, Adapter]
-    _stack: tuple[Adapter, ...]
-    _sole: Adapter | None
-    _site: Site
-    _merged: Merged | None
-    _merged_before: list[str] | None
-    _number: int
 
     # Forward
 
@@ -143,133 +114,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """The one parameter of the base layer that is adapted here, or None if it is the layer."""
         return self._site.parameter_name if isinstance(self._site, ParameterSite) else None
 
-    # Adapters
-
-    @property
-    def site_kind(self) -> str:
-        """The kind of layer that is adapted."""
-        return self._site.kind
-
-    @property
-    def methods(self) -> frozenset[str]:
-        """The ids of the methods whose adapters the layer holds."""
-        return frozenset(adapter.__dict__["_method"] for adapter in self._adapters.values())
-
-    @property
-    def adapters(self) -> dict[str, Adapter]:
-        """The adapters by name."""
-        return dict(self._adapters)
-
-    @property
-    def available_adapters(self) -> list[str]:
-        """The names of all adapters of the layer, sorted."""
-        return sorted(self._adapters)
-
-    @property
-    def adapter_layer_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The names of the entries that hold the adapters' tensors."""
-        return tuple(name for name in self._modules if name != "base_layer")
-
-    def add_adapter(
-        self, name: str, adapter: Adapter, method: str, layer_class: type[BaseTunerLayer] = BaseTunerLayer
-    ) -> None:
-        """Take in an adapter; it is not active yet.
-
-        Args:
-            name: Its name, not taken on this layer.
-            adapter: The adapter.
-            method: The id of its method.
-            layer_class: The method's layer class, whose own calls this layer then answers too.
-        """
-        adapter.__dict__.update(_method=method, _layer_class=layer_class, _frozen=frozen_keys(adapter))
-        if adapter.training != self.training:
-            adapter.train(self.training)
-        self._adapters[name] = adapter
-        expose(self, self._adapters, name)  # type: ignore[arg-type]
-
-    def adapter_tensors(self, name: str) -> dict[str, Tensor]:
-        """Return an adapter's own tensors (parameters and persistent buffers) by their key below the layer."""
-        adapter = self._adapters.get(name)
-        return {} if adapter is None else adapter.state_dict(keep_vars=True)
-
-    def cast_up(self, name: str) -> None:
-        """Make an adapter's tensors float32 where they are of lower precision, in place."""
-        adapter = self._adapters.get(name)
-        if adapter is not None:
-            cast_up(tensors_in(adapter))
-
-    def trainable_tensors(self, name: str) -> Sequence[Tensor]:
-        """Return the tensors of an adapter that train when it does."""
-        adapter = self._adapters.get(name)
-        if adapter is None:
-            return ()
-        frozen: frozenset[str] = adapter.__dict__["_frozen"]
-        if not frozen:
-            return parameters_in(adapter)
-        return [tensor for key, tensor in adapter.named_parameters() if key not in frozen]
-
-    def _remove(self, name: str) -> None:
-        if name in self.merged_adapters:
-            msg = f"The adapter {name!r} is merged into {self._site.name!r}. Call unmerge_adapter() before deleting it."
-            raise AdapterStateError(msg)
-        del self._adapters[name]
-        withdraw(self, self._adapters)  # type: ignore[arg-type]
-        self._settle()
-
-    # What is active
-
-    def _activate(self, names: list[str]) -> None:
-        self.check_together(names)
-        if names != self.active_adapters:
-            self.__dict__["_merged_before"] = None  # others are to take part when the adapters are switched on again
-        self.__dict__["_active_adapter"] = list(names)
-        self._settle()
-
-    def check_together(self, names: Sequence[str]) -> None:
-        """Raise `AdapterStateError` if these adapters cannot be active together on this layer."""
-        stack = [self._adapters[name] for name in names if name in self._adapters]
-        for adapter in stack if len(stack) > 1 else ():
-            reason = adapter.together([other for other in stack if other is not adapter])
-            if reason is not None:
-                msg = f"{listing(names)} cannot be active together on {self._site.name!r}: {reason}."
-                raise AdapterStateError(msg)
-
-    def _settle(self) -> None:
-        """Resolve which adapters the next forward runs."""
-        merged = self.merged_adapters
-        active = () if self._disable_adapters else self.active_adapters
-        stack = tuple(self._adapters[name] for name in active if name in self._adapters and name not in merged)
-        # While adapters are merged, the bare layer is not what the base layer holds; only the general way knows that.
-        sole = stack[0] if len(stack) == 1 and self._merged is None else None
-        self.__dict__.update(_stack=stack, _sole=sole)
-        self._owner.changes += 1
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters off, or on again; what is merged is taken out and put back: off means the base layer."""
-        if enabled == (not self._disable_adapters):
-            return
-        if not enabled:
-            self.__dict__["_merged_before"] = list(self.merged_adapters)
-            if self.merged:
-                self.unmerge()
-        super().enable_adapters(enabled)
-        self._settle()
-        if enabled:
-            names, self.__dict__["_merged_before"] = self._merged_before, None
-            if names:
-                self.merge(adapter_names=names)
-
     # Merging
 
     @property
     def originals(self) -> dict[str, nn.Parameter | None]:
         """The base layer's own parameters in whose place there are merged ones, by name."""
         return {} if self._merged is None else dict(self._merged.originals)
-
-    @property
-    def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        """The names of the adapters that are merged, in order."""
-        return [] if self._merged is None else list(self._merged.names)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base layer's parameters; the original ones are kept, so unmerging is exact.

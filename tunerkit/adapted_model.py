@@ -13,7 +13,7 @@ from tunerkit.biases import Biases
 from tunerkit.errors import AdapterNameError, MergeWarning, UnknownAdapterError
 from tunerkit.fast_path import set_fast_paths
 from tunerkit.journal import Journal
-from tunerkit.layer import BaseTunerLayer, MethodMeta, tuner_layers
+from tunerkit.layer import BaseTunerLayer, MethodMeta, layers_in, tuner_layers
 from tunerkit.model_config import config_dict, config_of
 from tunerkit.modules import Hook, remove_hooks, set_modes
 from tunerkit.names import withdraw
@@ -24,7 +24,7 @@ from tunerkit.route import Owner
 from tunerkit.targeting import adapted_places
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from typing_extensions import Self
 
@@ -65,7 +65,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     @classmethod
     def around(cls, model: nn.Module) -> Self:
         """Return a tuner around a model as it is, with whatever adapters were put in before; nothing is changed."""
-        layers = [layer for _, layer in tuner_layers(model)]
+        layers = layers_in(model)
         owners = [layer._owner for layer in layers if layer.follows_routes]
         tuner = cls.__new__(cls)
         nn.Module.__init__(tuner)
@@ -114,9 +114,9 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
                 found.setdefault(path, []).insert(0, name)
         return [f"{path}.{name}" for path, names in found.items() for name in names]
 
-    def layers(self) -> Iterator[BaseTunerLayer]:
-        """Go through the layers with adapters."""
-        return (layer for _, layer in tuner_layers(self.model))
+    def layers(self) -> list[BaseTunerLayer]:
+        """Return the layers with adapters."""
+        return layers_in(self.model)
 
     @staticmethod
     def get_model_config(model: nn.Module, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
                 "disable_adapter()."
             )
             raise AdapterNameError(msg)
-        layers = list(self.layers())
+        layers = self.layers()
         self._check_together(layers, names)
         if any(layer.merged for layer in layers):
             msg = "Adapters were merged; they are unmerged before others become active."
@@ -169,8 +169,12 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             self._note(journal, layers)
             if any(layer.merged for layer in layers):
                 self.unmerge_adapter()
+            trains, changed = [] if inference_mode else names, journal.note_changes()
             for layer in layers:
-                layer.set_adapter(names, inference_mode=inference_mode)
+                if isinstance(layer, AdaptedLayer):
+                    layer.switch(names, trains, changed)
+                else:
+                    layer.set_adapter(names, inference_mode=inference_mode)
             self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
             for name in self._beside():
                 self._set_beside(name, trains=name in names and not inference_mode)
@@ -179,7 +183,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     def _note(self, journal: Journal, layers: Sequence[BaseTunerLayer]) -> None:
         """Note which adapters are active and which of their tensors train, before either changes."""
         journal.note_module(self)
-        merge.note_layers(journal, layers, flags=True)
+        merge.note_activity(journal, layers)
         for part in self.parts.values():
             journal.note_module(part)
             journal.note_flags(part.parameters())
@@ -213,10 +217,14 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         """Say whether adapters train, whether they are active or not; unknown names are passed over, as in PEFT."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         with Journal() as journal:
-            layers = list(self.layers())
+            layers = self.layers()
             self._note(journal, layers)
+            changed = journal.note_changes()
             for layer in layers:
-                layer.set_requires_grad(names, requires_grad)
+                if isinstance(layer, AdaptedLayer):
+                    layer.let_train(names, changed, trains=requires_grad)
+                else:
+                    layer.set_requires_grad(names, requires_grad)
             for name in self._beside():
                 if name in names:
                     self._set_beside(name, trains=requires_grad)
@@ -231,15 +239,20 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
 
     def _enable(self, *, enabled: bool) -> None:
         with Journal() as journal:
-            layers = list(self.layers())
+            layers = self.layers()
             self._note(journal, layers)
+            changed = journal.note_changes()
             if enabled:  # before what was merged is merged again
                 self.biases.show(trained=self.biases.name in self.active_adapters)
             # Where one layer's base holds another's, what was merged last is taken out first.
             for layer in layers if enabled else reversed(layers):
-                if not isinstance(layer, AdaptedLayer) or layer.merged or layer._merged_before:
+                if not isinstance(layer, AdaptedLayer):
                     merge.note_parameters(journal, layer)
-                layer.enable_adapters(enabled)
+                    layer.enable_adapters(enabled)
+                    continue
+                if layer.merged or layer._merged_before:
+                    merge.note_parameters(journal, layer)
+                layer.switch_on(changed, enabled=enabled)
             if not enabled and not self.disabled:
                 beside = [p for part in self.parts.values() for p in part.parameters()] + self.biases.parameters()
                 self._trained_parts = [p for p in beside if p.requires_grad]

@@ -10,7 +10,7 @@ from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, Part
 from tunerkit.defaults import site_of
 from tunerkit.errors import PluginError, UnsupportedSiteError
-from tunerkit.layer import BaseTunerLayer
+from tunerkit.layer import BaseTunerLayer, is_layer
 from tunerkit.modules import frozen_keys, tensors_in
 from tunerkit.names import EntryModule
 from tunerkit.naming import method_id
@@ -169,7 +169,7 @@ def _find_what_was_done(made: object, target: Target, name: str, method: str, *,
     parent, child = target.places[0]
     now: object = parent._modules.get(child)
     replaced = now is not target.module
-    if isinstance(now, BaseTunerLayer) and name in now.available_adapters:
+    if is_layer(now) and name in now.available_adapters:
         if not via_hook or made is now:
             return now
         msg = (

@@ -14,7 +14,7 @@ import torch
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.checkpoint.base_model import BasePiece, base_modules, file_path
 from tunerkit.errors import AdapterStateError, ConfigError, MergeError, RouteError
-from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.layer import BaseTunerLayer, layers_in
 from tunerkit.naming import PREFIX, listing
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Biases:
 
     def _merged(self) -> dict[int, nn.Parameter]:
         """Return the biases in whose place there are merged ones, by the id of their module."""
-        layers = () if self.model is None else (layer for _, layer in tuner_layers(self.model))
+        layers = () if self.model is None else layers_in(self.model)
         return {
             id(layer.get_base_layer()): original
             for layer in layers

@@ -13,7 +13,7 @@ from torch import nn
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.checkpoint.base_model import BasePiece, base_modules, file_path
 from tunerkit.errors import AdapterStateError, ConfigError, SaveWarning
-from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.layer import BaseTunerLayer, layers_in, tuner_layers
 from tunerkit.model_config import config_of, embedding_layers
 from tunerkit.naming import listing
 from tunerkit.targeting import bare, places, wants_all_linear
@@ -98,7 +98,7 @@ def check_writable(model: nn.Module, pieces: list[Piece]) -> None:
 def _own(model: nn.Module, module: nn.Module) -> dict[str, Tensor]:
     """Return a module's own tensors, also where adapters are merged into it."""
     tensors: dict[str, Tensor] = module.state_dict(keep_vars=True)
-    for _, layer in tuner_layers(model):
+    for layer in layers_in(model):
         if isinstance(layer, AdaptedLayer) and layer.get_base_layer() is module:
             tensors.update({key: value for key, value in layer.originals.items() if value is not None})
     return tensors

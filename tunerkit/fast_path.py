@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.layer import tuner_layers
+from tunerkit.layer import layers_in
 from tunerkit.sites import AttentionSite, OutputProjectionSite
 from tunerkit.targeting import bare
 
@@ -28,6 +28,8 @@ _SWITCHES: tuple[tuple[type[nn.Module], str], ...] = (
 )
 """What torch's encoders ask before they take the fast path: no, if it is false."""
 
+_KINDS = tuple(kind for kind, _ in _SWITCHES)
+
 _BEFORE = "_fast_path_before_adapters"
 """Where an encoder that must not take it keeps what it said; on the encoder, for it may be copied or pickled."""
 
@@ -40,9 +42,9 @@ def set_fast_paths(model: nn.Module, journal: Journal, *, disabled: bool) -> Non
         journal: Where each change is noted before it is made.
         disabled: Whether the adapters are switched off.
     """
-    for module in (model, *_containers(model)):
+    for module in _encoders(model):
+        state = module.__dict__
         for kind, switch in _SWITCHES:
-            state = module.__dict__
             # An encoder from an old file may lack the switch, and then it does not take the fast path at all.
             if not isinstance(module, kind) or switch not in state:
                 continue
@@ -56,19 +58,19 @@ def set_fast_paths(model: nn.Module, journal: Journal, *, disabled: bool) -> Non
                 state[switch] = state.pop(_BEFORE)
 
 
-def _containers(module: nn.Module) -> Iterator[nn.Module]:
-    """Go through the modules below that have children, not entering layers with adapters other than for their base."""
+def _encoders(module: nn.Module) -> Iterator[nn.Module]:
+    """Go through the encoders that a module is and holds; of layers with adapters only the base is entered."""
+    if isinstance(module, _KINDS):
+        yield module
     for child in module._modules.values():
-        if child is not None and child._modules:
-            yield child
-            base = bare(child)
-            if base._modules:
-                yield from _containers(base)
+        base = None if child is None else bare(child)
+        if base is not None and base._modules:
+            yield from _encoders(base)
 
 
 def _must_be_called(encoder: nn.Module) -> bool:
     """Return whether the encoder holds adapters other than those that are in what it reads of its attention."""
-    layers = [layer for _, layer in tuner_layers(encoder)]
+    layers = layers_in(encoder)
     return not all(
         isinstance(layer, AdaptedLayer) and isinstance(layer.site, (AttentionSite, OutputProjectionSite))
         for layer in layers

@@ -13,7 +13,7 @@ from tunerkit.config import check_config
 from tunerkit.embeddings import check_writable, embeddings_to_load, embeddings_to_save
 from tunerkit.errors import AdapterStateError, TargetError, UnknownAdapterError
 from tunerkit.keywords import check_loading
-from tunerkit.layer import tuner_layers
+from tunerkit.layer import layers_in
 from tunerkit.naming import PREFIX, listing
 from tunerkit.plugins import get_method
 from tunerkit.tuner import BaseTuner, find_tuner, tuner_of
@@ -293,7 +293,7 @@ def pieces_of(model: nn.Module, name: str) -> list[Piece]:
     if tuner is not None and tuner.biases.name == name:
         found += tuner.biases.pieces()
     if not found:
-        names = {known for _, layer in tuner_layers(model) for known in layer.available_adapters}
+        names = {known for layer in layers_in(model) for known in layer.available_adapters}
         msg = f"The model has no adapter {name!r}; it has {listing(sorted(names))}."
         raise UnknownAdapterError(msg)
     return found
@@ -306,7 +306,7 @@ def loading_for(model: nn.Module, name: str, tensors: Mapping[str, Any]) -> Load
         UnknownAdapterError: There is no such adapter.
         AdapterStateError: It is merged, so that new values would have no effect.
     """
-    if any(name in layer.merged_adapters for _, layer in tuner_layers(model)):
+    if any(name in layer.merged_adapters for layer in layers_in(model)):
         msg = f"The adapter {name!r} is merged, so new tensors would have no effect. Call unmerge_adapter() first."
         raise AdapterStateError(msg)
     tuner = find_tuner(model)

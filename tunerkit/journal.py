@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from typing_extensions import Self
 
+    from tunerkit.modules import Flag
+
 
 class _Open(threading.local):
     """The journal that is open in this thread; weakly, so that one which an interrupt left open is not written on."""
@@ -67,6 +69,10 @@ class Journal:
         """Note a call that will undo what happens next."""
         self._notes.append((undo, arguments))
 
+    def note_all(self, undo: Callable[..., object], each: Iterable[tuple[Any, ...]]) -> None:
+        """Note calls of one function that will undo what happens next."""
+        self._notes += [(undo, arguments) for arguments in each]
+
     def note_module(self, module: nn.Module) -> None:
         """Note a module's attributes, its dicts of children, tensors and hooks, and which of its own tensors train.
 
@@ -85,6 +91,12 @@ class Journal:
     def note_flags(self, tensors: Iterable[Tensor]) -> None:
         """Note which tensors train."""
         self._notes.append((_restore_flags, ([(tensor, tensor.requires_grad) for tensor in tensors],)))
+
+    def note_changes(self) -> list[Flag]:
+        """Return a list for flags that are about to change: what is in it in the end is put back."""
+        flags: list[Flag] = []
+        self._notes.append((_restore_flags, (flags,)))
+        return flags
 
     def note_values(self, tensor: Tensor) -> None:
         """Note the numbers that a tensor holds, at the cost of a copy."""
@@ -142,7 +154,7 @@ def _restore_training(modes: list[tuple[nn.Module, bool]]) -> None:
         module.training = training
 
 
-def _restore_flags(flags: list[tuple[Tensor, bool]]) -> None:
-    for tensor, trained in flags:
+def _restore_flags(flags: list[Flag]) -> None:
+    for tensor, trained in reversed(flags):  # one may have changed twice
         if tensor.requires_grad != trained:
             tensor.requires_grad = trained  # not by a call, which a parameter without a shape refuses

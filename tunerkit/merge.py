@@ -14,7 +14,7 @@ from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.errors import MergeError, MergeWarning
 from tunerkit.folding import fold, merge_order
 from tunerkit.journal import Journal
-from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.layer import BaseTunerLayer, layers_in
 from tunerkit.model_config import embedding_layers
 from tunerkit.naming import listing
 from tunerkit.targeting import bare, places
@@ -34,7 +34,7 @@ def merge_layers(model: nn.Module, names: Sequence[str], *, safe: bool) -> None:
     Raises:
         MergeError: An adapter cannot be merged; nothing was changed.
     """
-    layers = [layer for _, layer in tuner_layers(model)]
+    layers = layers_in(model)
     _check(model, layers, names)
     with Journal() as journal:
         for layer in layers:
@@ -46,14 +46,25 @@ def unmerge_layers(model: nn.Module) -> None:
     """Take what is merged out of all layers, or out of none if anything goes wrong."""
     with Journal() as journal:
         # Where one layer's base holds another's, what was merged last is taken out first.
-        for _, layer in reversed(list(tuner_layers(model))):
+        for layer in reversed(layers_in(model)):
             if layer.merged:
                 note_parameters(journal, layer)
                 layer.unmerge()
 
 
-def note_layers(journal: Journal, layers: Sequence[BaseTunerLayer], *, flags: bool) -> None:
-    """Note layers before what is active on them, or what of them trains, changes."""
+def note_activity(journal: Journal, layers: Sequence[BaseTunerLayer]) -> None:
+    """Note what is active on layers, and which tensors of their adapters train, before either changes."""
+    journal.note_all(
+        AdaptedLayer.resume, [(layer, layer.activity) for layer in layers if isinstance(layer, AdaptedLayer)]
+    )
+    by_hand = [layer for layer in layers if not isinstance(layer, AdaptedLayer)]
+    note_layers(journal, by_hand)
+    for layer in by_hand:
+        journal.note_flags(tensor for name in layer.available_adapters for tensor in layer.trainable_tensors(name))
+
+
+def note_layers(journal: Journal, layers: Sequence[BaseTunerLayer]) -> None:
+    """Note layers before adapters are taken out of them."""
     for layer in layers:
         journal.note_module(layer)  # type: ignore[arg-type]
         if not isinstance(layer, AdaptedLayer):
@@ -61,8 +72,6 @@ def note_layers(journal: Journal, layers: Sequence[BaseTunerLayer], *, flags: bo
             for container in (getattr(layer, entry, None) for entry in layer.adapter_layer_names):
                 if isinstance(container, nn.Module):
                     journal.note_module(container)
-        if flags:
-            journal.note_flags(tensor for name in layer.available_adapters for tensor in layer.trainable_tensors(name))
 
 
 def note_parameters(journal: Journal, layer: BaseTunerLayer) -> None:
@@ -96,7 +105,7 @@ def merge_for_good(
     Raises:
         MergeError: An adapter cannot be merged; nothing was changed.
     """
-    layers = [layer for _, layer in tuner_layers(model)]
+    layers = layers_in(model)
     _check(model, layers, names)
     if safe:
         for layer in layers:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+Flag: TypeAlias = tuple[Tensor, bool]
+"""A tensor, and whether it trains."""
+
 Hook: TypeAlias = tuple[nn.Module, int]
 """A forward hook: the module on which it is, and the number that torch gave it there."""
 
@@ -42,14 +45,20 @@ def modules_in(module: nn.Module) -> list[nn.Module]:
     """Return a module and those below it; one that stands at two places comes twice."""
     found = [module]
     for one in found:  # which grows meanwhile
-        if one._modules:
-            found += [child for child in one._modules.values() if child is not None]
+        for child in one._modules.values():
+            if child is not None:
+                found.append(child)  # noqa: PERF401 - most have no children, and then a list is what costs
     return found
 
 
 def parameters_in(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module and of those below it; one that stands at two places comes twice."""
-    return [value for one in modules_in(module) for value in one._parameters.values() if value is not None]
+    found: list[nn.Parameter] = []
+    for one in modules_in(module):
+        for value in one._parameters.values():
+            if value is not None:
+                found.append(value)  # noqa: PERF401 - most modules have one or none, and then a list is what costs
+    return found
 
 
 def tensors_in(module: nn.Module) -> list[Tensor]:
@@ -61,6 +70,14 @@ def tensors_in(module: nn.Module) -> list[Tensor]:
         for value in held.values()
         if value is not None
     ]
+
+
+def set_trains(tensors: Iterable[Tensor], changed: list[Flag], *, trains: bool) -> None:
+    """Say whether tensors train; each that did not, or did, goes into a list first, with what it was."""
+    for tensor in tensors:
+        if tensor.requires_grad is not trains:
+            changed.append((tensor, not trains))
+            tensor.requires_grad = trains
 
 
 def forward_hooks_in(module: nn.Module) -> set[Hook]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tunerkit.copied_module import ModulesToSaveWrapper
 from tunerkit.errors import TargetError, UnsupportedSiteError
-from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.layer import BaseTunerLayer, is_layer, layers_in, tuner_layers
 from tunerkit.naming import listing
 from tunerkit.targeting import HEADS, bare, match_name, paths_above, places
 
@@ -59,7 +59,7 @@ class WholeModules:
         self._tied: set[str] = set()
         found: dict[int, WholeModule] = {}
         for key, module, parent, name in places(model):
-            if isinstance(module, BaseTunerLayer):
+            if is_layer(module):
                 self._layers[key] = module
             if isinstance(module, ModulesToSaveWrapper):
                 self._copying[key] = module
@@ -131,7 +131,7 @@ class WholeModules:
                     raise UnsupportedSiteError(msg)
 
     def _holders(self, above: list[str], module: nn.Module) -> str:
-        layers = [self._layers[above[0]]] if above else [layer for _, layer in tuner_layers(module)]
+        layers = [self._layers[above[0]]] if above else layers_in(module)
         return listing(sorted({name for layer in layers for name in layer.available_adapters}))
 
     def check_free(self, key: str) -> None:

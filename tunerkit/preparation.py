@@ -11,7 +11,7 @@ from torch import nn
 
 from tunerkit.errors import AdapterStateError, ConfigError, KeywordWarning
 from tunerkit.journal import Journal
-from tunerkit.layer import tuner_layers
+from tunerkit.layer import layers_in
 from tunerkit.model_config import embedding_layers
 from tunerkit.modules import forward_hooks_in, remove_hooks
 
@@ -159,7 +159,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     if not getattr(dtype, "is_floating_point", False):
         msg = f"dtype must be one of floating-point numbers, such as torch.bfloat16; it is {dtype!r}."
         raise ConfigError(msg)
-    if any(layer.merged for _, layer in tuner_layers(model)):
+    if any(layer.merged for layer in layers_in(model)):
         msg = "Adapters are merged, and the originals that are kept would not be cast. Call unmerge_adapter() first."
         raise AdapterStateError(msg)
     for parameter in model.parameters():

@@ -8,7 +8,7 @@ from torch import nn
 
 from tunerkit.adapter import Part
 from tunerkit.errors import AdapterStateError, CheckpointError, ConfigError
-from tunerkit.layer import tuner_layers
+from tunerkit.layer import layers_in
 from tunerkit.naming import closest, listing
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def refuse_around(model: AdaptedModel) -> None:
 
 def refuse_adapted(model: nn.Module) -> None:
     """Raise `AdapterStateError` if a model holds adapters that another model around it looks after."""
-    held = sorted({name for _, layer in tuner_layers(model) for name in layer.available_adapters})
+    held = sorted({name for layer in layers_in(model) for name in layer.available_adapters})
     if held:
         msg = (
             f"The model has the adapters {listing(held)} already, of which a second PeftModel would know nothing. Call "

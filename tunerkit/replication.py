@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tunerkit.errors import AdapterStateError, TargetError
-from tunerkit.layer import tuner_layers
+from tunerkit.layer import layers_in
 from tunerkit.naming import listing
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Replication:
         """
         if not ranges or ranges == self.ranges:
             return False
-        held = sorted({name for _, layer in tuner_layers(model) for name in layer.available_adapters})
+        held = sorted({name for layer in layers_in(model) for name in layer.available_adapters})
         if held:
             now = f"the layers {[*self.ranges]} repeated" if self.ranges else "its layers as they are"
             msg = (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunerkit.adapter import Adapter
 from tunerkit.alike import OfRows, Once
-from tunerkit.layer import split_input, tuner_layers
+from tunerkit.layer import layers_in, split_input
 from tunerkit.route import narrowed
 from tunerkit.rows import only_input, split_rows
 from tunerkit.sites import Bound
@@ -48,7 +48,7 @@ def run_layer(
     only_input(site.name, args, kwargs)
     groups = rows.groups(x, site.name)
     below = Bound(site, site, args, kwargs)
-    if next(tuner_layers(site.module), None) is None:
+    if not layers_in(site.module):
         return run_rows([adapters.get(name) for name in groups.names], x, below, groups)
 
     def run(name: str, part: Tensor) -> Any:

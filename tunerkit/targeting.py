@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tunerkit.config import TaskType
-from tunerkit.layer import BaseTunerLayer, stack_at
+from tunerkit.layer import BaseTunerLayer, is_layer, stack_at
 from tunerkit.model_config import embedding_layers
 from tunerkit.naming import PREFIX, uncompiled
 from tunerkit.sites import site_class
@@ -124,7 +124,7 @@ def all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
     heads = _output_layers(model, config)
     modules = dict(modules_outside_adapters(model))
     # Of what other adapters train as a whole only their copies are run.
-    taken = {key for key, module in modules.items() if isinstance(module, BaseTunerLayer) and not module.targeted}
+    taken = {key for key, module in modules.items() if is_layer(module) and not module.targeted}
     return {
         key
         for key, module in modules.items()
@@ -174,7 +174,7 @@ def _output_layers(model: nn.Module, config: PeftConfig) -> list[Any]:
 def bare(module: nn.Module) -> nn.Module:
     """Return the module itself, or the layer below all adapters where it is a layer with adapters."""
     # What has no children is no such layer, and most modules have none.
-    return module.get_base_layer() if module._modules and isinstance(module, BaseTunerLayer) else module
+    return module.get_base_layer() if module._modules and is_layer(module) else module
 
 
 def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -193,7 +193,7 @@ def places(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
             continue
         key = f"{prefix}.{name}" if prefix else name
         yield key, child, module, name
-        if isinstance(child, BaseTunerLayer):
+        if is_layer(child):
             base = child.get_base_layer()
             if base._modules:
                 yield from places(base, key)
@@ -254,7 +254,7 @@ def place_of_parameter(module: nn.Module, parent: nn.Module, name: str, paramete
     A layer that adapts this very parameter may stand below layers that adapt others of the module.
     """
     layer, upper, upper_name = module, parent, name
-    while isinstance(layer, BaseTunerLayer):
+    while is_layer(layer):
         if getattr(layer, "parameter_name", None) == parameter:
             return layer, upper, upper_name, parameter
         upper, upper_name, layer = layer, layer.base_name, getattr(layer, layer.base_name)

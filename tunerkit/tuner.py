@@ -22,7 +22,7 @@ from tunerkit.errors import (
 from tunerkit.fast_path import set_fast_paths
 from tunerkit.hook_calls import HookCalls, declared_method, overrides_hooks
 from tunerkit.journal import Journal
-from tunerkit.layer import BaseTunerLayer, cast_up, original, tuner_layers
+from tunerkit.layer import BaseTunerLayer, cast_up, layers_in, original
 from tunerkit.modules_to_save import put_copies, tied_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
@@ -83,7 +83,7 @@ class BaseTuner(HookCalls, RoutedModel):
         super().__init__()
         config, name = chosen_config(peft_config, check_adapter_name(adapter_name, RESERVED_NAMES))
         self.__dict__.update(BaseTuner.around(model).__dict__)
-        adapted = any(True for _ in tuner_layers(model))
+        adapted = bool(layers_in(model))
         self.active_adapter: str | list[str] = name
         # A second tuner on the same model finds the base frozen by the first.
         self._were_trainable = [] if adapted else [p for p in model.parameters() if p.requires_grad]
@@ -280,14 +280,14 @@ class BaseTuner(HookCalls, RoutedModel):
             journal.note_module(self)
             journal.note_module(self.model)
             if len(rest) == len(self.active_adapters) or rest or not others:
-                merge.note_layers(journal, layers, flags=False)
+                merge.note_layers(journal, layers)
                 for layer in layers:
                     layer._activate(rest)
                 self.active_adapter = rest
             else:
                 msg = f"The active adapter {adapter_name!r} was deleted; {others[0]!r} of {listing(others)} is now."
                 warnings.warn(AdapterWarning(msg), stacklevel=2)
-                merge.note_layers(journal, layers, flags=True)
+                merge.note_layers(journal, layers)
                 self.set_adapter(others[:1])
             if self.biases.name == adapter_name:
                 self._give_up_biases(journal, keep=False)
@@ -374,7 +374,7 @@ def tuner_of(model: nn.Module, *, adapted: bool = False) -> BaseTuner:
         UnknownAdapterError: It has to have adapters, and has none.
     """
     tuner = find_tuner(model)
-    if tuner is None and adapted and not any(True for _ in tuner_layers(model)):
+    if tuner is None and adapted and not bool(layers_in(model)):
         msg = f"The model ({type(model).__name__}) has no adapters. Attach one with get_peft_model(model, config)."
         raise UnknownAdapterError(msg)
     return tuner or BaseTuner.around(original(model))

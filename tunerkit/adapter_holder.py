@@ -1,0 +1,250 @@
+"""`AdapterHolder`: which adapters a layer of the core has, which are active, and which train."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from tunerkit.errors import AdapterStateError
+from tunerkit.layer import BaseTunerLayer, cast_up
+from tunerkit.modules import begin, frozen_keys, parameters_in, set_trains, tensors_in
+from tunerkit.names import expose, withdraw
+from tunerkit.naming import listing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tunerkit.adapter import Adapter
+    from tunerkit.folding import Merged
+    from tunerkit.modules import Flag
+    from tunerkit.route import Owner
+    from tunerkit.sites import Site
+
+_ACTIVITY_NAMES = (
+    "_stack",
+    "_sole",
+    "_merged",
+    "_active_adapter",
+    "_disable_adapters",
+    "_trained_before",
+    "_merged_before",
+)
+_ACTIVITY = itemgetter(*_ACTIVITY_NAMES)
+
+
+class AdapterHolder(nn.Module, BaseTunerLayer):
+    """A base layer and its adapters, without what is done with them.
+
+    What is active is resolved when it changes, into an immutable tuple that is swapped in one assignment.
+
+    Args:
+        site: The base layer.
+        owner: Stands for the model to which the layer belongs.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(self, site: Site, owner: Owner) -> None:
+        begin(self)
+        self._modules["base_layer"] = site.module
+        self.__dict__.update(
+            training=site.module.training,
+            _adapters={},
+            _stack=(),
+            _sole=None,
+            _site=site,
+            _owner=owner,
+            _merged=None,
+            _active_adapter=[],
+            _disable_adapters=False,
+            _trained_before=None,
+            _merged_before=None,
+            _number=owner.number(),
+        )
+
+    _adapters: dict[str, Adapter]
+    _stack: tuple[Adapter, ...]
+    _sole: Adapter | None
+    _site: Site
+    _merged: Merged | None
+    _merged_before: list[str] | None
+    _number: int
+
+    # Adapters
+
+    @property
+    def site_kind(self) -> str:
+        """The kind of layer that is adapted."""
+        return self._site.kind
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """The ids of the methods whose adapters the layer holds."""
+        return frozenset(adapter.__dict__["_method"] for adapter in self._adapters.values())
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are merged into the base layer."""
+        return self._merged is not None
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """The names of the adapters that are merged, in order."""
+        return [] if self._merged is None else list(self._merged.names)
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by name."""
+        return dict(self._adapters)
+
+    @property
+    def available_adapters(self) -> list[str]:
+        """The names of all adapters of the layer, sorted."""
+        return sorted(self._adapters)
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The names of the entries that hold the adapters' tensors."""
+        return tuple(name for name in self._modules if name != "base_layer")
+
+    def add_adapter(
+        self, name: str, adapter: Adapter, method: str, layer_class: type[BaseTunerLayer] = BaseTunerLayer
+    ) -> None:
+        """Take in an adapter; it is not active yet.
+
+        Args:
+            name: Its name, not taken on this layer.
+            adapter: The adapter.
+            method: The id of its method.
+            layer_class: The method's layer class, whose own calls this layer then answers too.
+        """
+        adapter.__dict__.update(_method=method, _layer_class=layer_class, _frozen=frozen_keys(adapter))
+        if adapter.training != self.training:
+            adapter.train(self.training)
+        self._adapters[name] = adapter
+        expose(self, self._adapters, name)  # type: ignore[arg-type]
+
+    def adapter_tensors(self, name: str) -> dict[str, Tensor]:
+        """Return an adapter's own tensors (parameters and persistent buffers) by their key below the layer."""
+        adapter = self._adapters.get(name)
+        return {} if adapter is None else adapter.state_dict(keep_vars=True)
+
+    def cast_up(self, name: str) -> None:
+        """Make an adapter's tensors float32 where they are of lower precision, in place."""
+        adapter = self._adapters.get(name)
+        if adapter is not None:
+            cast_up(tensors_in(adapter))
+
+    def trainable_tensors(self, name: str) -> Sequence[Tensor]:
+        """Return the tensors of an adapter that train when it does."""
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            return ()
+        frozen: frozenset[str] = adapter.__dict__["_frozen"]
+        if not frozen:
+            return parameters_in(adapter)
+        return [tensor for key, tensor in adapter.named_parameters() if key not in frozen]
+
+    def _remove(self, name: str) -> None:
+        if name in self.merged_adapters:
+            msg = f"The adapter {name!r} is merged into {self._site.name!r}. Call unmerge_adapter() before deleting it."
+            raise AdapterStateError(msg)
+        del self._adapters[name]
+        withdraw(self, self._adapters)  # type: ignore[arg-type]
+        self._settle()
+
+    # What is active, and what trains; `changed` takes the tensors whose flags are changed, with what these were, before
+
+    @property
+    def activity(self) -> tuple[Any, ...]:
+        """What is active, switched off and merged; `resume` puts it back."""
+        return tuple(_ACTIVITY(self.__dict__))
+
+    def resume(self, activity: tuple[Any, ...]) -> None:
+        """Put back what was active, switched off and merged; the base layer's parameters are not its business."""
+        self.__dict__.update(zip(_ACTIVITY_NAMES, activity, strict=True))
+        self._owner.changes += 1
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active and trainable, and freeze the others; see `BaseTunerLayer.set_adapter`."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_together(names)
+        self.switch(names, [] if inference_mode else names, [])
+
+    def switch(self, active: list[str], trains: list[str], changed: list[Flag]) -> None:
+        """Make adapters active, let some of them train, and freeze the others; names not known here are passed over.
+
+        While all are switched off, those that are to train do so as soon as they are on again.
+        """
+        if self._disable_adapters:
+            self.__dict__["_trained_before"] = [one for name in trains for one in self.trainable_tensors(name)]
+            trains = []
+        for name in self._adapters:
+            if name not in trains:
+                set_trains(self.trainable_tensors(name), changed, trains=False)
+        for name in trains:
+            set_trains(self.trainable_tensors(name), changed, trains=True)
+        self._activate(active)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say whether adapters train; names that this layer does not have are passed over."""
+        self.let_train([adapter_names] if isinstance(adapter_names, str) else adapter_names, [], trains=requires_grad)
+
+    def let_train(self, names: Sequence[str], changed: list[Flag], *, trains: bool) -> None:
+        """Say whether adapters train; names that this layer does not have are passed over."""
+        for name in names:
+            set_trains(self.trainable_tensors(name), changed, trains=trains)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters off, or on again; what is merged is taken out and put back: off means the base layer."""
+        self.switch_on([], enabled=enabled)
+
+    def switch_on(self, changed: list[Flag], *, enabled: bool) -> None:
+        """Switch all adapters off, or on again; see `enable_adapters`."""
+        if enabled != self._disable_adapters:
+            return
+        state = self.__dict__
+        if enabled:
+            set_trains(self._trained_before or (), changed, trains=True)
+            merged = self._merged_before
+            state.update(_disable_adapters=False, _trained_before=None, _merged_before=None)
+            self._settle()
+            if merged:
+                self.merge(adapter_names=merged)
+            return
+        merged = self.merged_adapters
+        if merged:
+            self.unmerge()
+        tensors = [tensor for name in self._adapters for tensor in self.trainable_tensors(name)]
+        trained = [tensor for tensor in tensors if tensor.requires_grad]
+        set_trains(trained, changed, trains=False)
+        state.update(_disable_adapters=True, _trained_before=trained, _merged_before=merged)
+        self._settle()
+
+    def _activate(self, names: list[str]) -> None:
+        if names != self.active_adapters:
+            self.__dict__["_merged_before"] = None  # others are to take part when the adapters are switched on again
+        self.__dict__["_active_adapter"] = list(names)
+        self._settle()
+
+    def check_together(self, names: Sequence[str]) -> None:
+        """Raise `AdapterStateError` if these adapters cannot be active together on this layer."""
+        stack = [self._adapters[name] for name in names if name in self._adapters] if len(names) > 1 else []
+        for adapter in stack if len(stack) > 1 else ():
+            reason = adapter.together([other for other in stack if other is not adapter])
+            if reason is not None:
+                msg = f"{listing(names)} cannot be active together on {self._site.name!r}: {reason}."
+                raise AdapterStateError(msg)
+
+    def _settle(self) -> None:
+        """Resolve which adapters the next forward runs."""
+        state, adapters, merged = self.__dict__, self._adapters, self._merged
+        active = () if state["_disable_adapters"] else self.active_adapters
+        inside = () if merged is None else merged.names
+        stack = tuple([adapters[name] for name in active if name in adapters and name not in inside])
+        state["_stack"] = stack
+        # While adapters are merged, the bare layer is not what the base layer holds; only the general way knows that.
+        state["_sole"] = stack[0] if len(stack) == 1 and merged is None else None
+        self._owner.changes += 1
