@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.adapter import Adapter, AdditiveAdapter, add_low_rank, linear
+from tunerkit.adapter import Adapter, AdditiveAdapter, linear
 from tunerkit.errors import AdapterStateError, MergeError, UnknownAdapterError
 from tunerkit.layer import BaseTunerLayer
+from tunerkit.low_rank import add_low_rank
 from tunerkit.names import PerAdapter
 from tunerkit.route import Owner, routed
 from tunerkit.sites import LinearSite, make_site

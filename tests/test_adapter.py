@@ -2,12 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
-from tunerkit.adapter import Adapter, AdditiveAdapter, Part, add_low_rank, linear
+from tunerkit.adapter import Adapter, AdditiveAdapter, Part, linear
 from tunerkit.sites import LinearSite
 
 
@@ -132,69 +129,3 @@ class TestLinear:
         state = torch.get_rng_state()
         linear(torch.ones(4, 5))
         assert torch.equal(torch.get_rng_state(), state)
-
-
-class TestAddLowRank:
-    @settings(deadline=None, max_examples=60)
-    @given(
-        st.lists(st.integers(0, 3), max_size=3),
-        st.integers(1, 4),
-        st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
-        st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
-        st.floats(-2, 2),
-    )
-    def test_by_its_definition(self, batch, rank, dtype, other, scaling):
-        x, y = torch.randn(*batch, 5, dtype=dtype), torch.randn(*batch, 4, dtype=dtype)
-        down, up = linear(torch.randn(rank, 5, dtype=other)), linear(torch.randn(4, rank, dtype=other))
-        before = y.clone()
-        found = add_low_rank(y, x, down, up, scaling)
-        wanted = y.double() + scaling * (x.double() @ down.weight.double().T) @ up.weight.double().T
-        assert found.dtype is dtype
-        assert found.shape == y.shape
-        low = torch.bfloat16 in {dtype, other}
-        assert torch.allclose(found.double(), wanted, atol=0.5 if low else 1e-4, rtol=0.1 if low else 1e-4)
-        assert torch.equal(y, before)
-
-    def test_gradients(self):
-        tensors = [
-            torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (3, 5), (2, 5), (4, 2))
-        ]
-
-        def run(y, x, a, b):
-            down, up = linear(a), linear(b)
-            down._parameters["weight"], up._parameters["weight"] = a, b
-            return add_low_rank(y, x, down, up, 0.7)
-
-        assert torch.autograd.gradcheck(run, tensors)
-
-    def test_an_output_of_another_precision(self):
-        x, y = torch.randn(3, 5, dtype=torch.bfloat16), torch.randn(3, 4)
-        found = add_low_rank(y, x, linear(torch.randn(2, 5)), linear(torch.randn(4, 2)), 1.0)
-        assert found.dtype is torch.float32
-
-    @pytest.mark.parametrize("which", [0, 1])
-    def test_a_subclass_is_called(self, which):
-        class Doubling(nn.Linear):
-            def forward(self, x):
-                return 2 * F.linear(x, self.weight)
-
-        factors = [linear(torch.randn(2, 5)), linear(torch.randn(4, 2))]
-        x, y = torch.randn(3, 5), torch.zeros(3, 4)
-        plain = add_low_rank(y, x, *factors, 1.0)
-        doubling = Doubling(1, 1, bias=False)
-        doubling.weight = factors[which].weight
-        factors[which] = doubling
-        assert torch.allclose(add_low_rank(y, x, *factors, 1.0), 2 * plain, atol=1e-6)
-
-    def test_a_factor_that_stores_integers_gets_the_input_as_it_is(self):
-        class Stored(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.weight = nn.Parameter(torch.ones(2, 5, dtype=torch.int8), requires_grad=False)
-
-            def forward(self, x):
-                return x @ self.weight.to(x.dtype).T
-
-        x, up = torch.randn(3, 5), linear(torch.randn(4, 2))
-        wanted = F.linear(F.linear(x, torch.ones(2, 5)), up.weight)
-        assert torch.allclose(add_low_rank(torch.zeros(3, 4), x, Stored(), up, 1.0), wanted, atol=1e-5)

@@ -121,8 +121,15 @@ class AdaptedLayer(AdapterHolder):
         """The base layer's own parameters in whose place there are merged ones, by name."""
         return {} if self._merged is None else dict(self._merged.originals)
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base layer's own parameters are here, in place or beside the merged ones."""
+        return self._merged is None or self._merged.kept
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base layer's parameters; the original ones are kept, so unmerging is exact.
+
+        `forget_base` gives them up.
 
         Args:
             safe_merge: Refuse, with nothing changed, if the result holds NaN or infinities.
@@ -137,18 +144,35 @@ class AdaptedLayer(AdapterHolder):
         names = merge_order(self, self.active_adapters if adapter_names is None else adapter_names)
         if not names:
             return
-        site = self.site
-        merged = (self._merged or Merged(names=(), originals={})).also(names)
-        tensors = fold(site, self.bare_site, [self._adapters[name] for name in names], safe=safe_merge)
-        self.__dict__["_merged"] = merged.put(site, tensors)
+        site, merged = self.site, self._merged
+        bare = site if merged is None else merged.bare(site)
+        tensors = fold(site, bare, [self._adapters[name] for name in names], safe=safe_merge)
+        self.__dict__["_merged"] = (merged or Merged()).put(site, tensors, names)
         self._settle()
 
     def unmerge(self) -> None:
-        """Put the base layer's original parameters back."""
+        """Put the base layer's original parameters back.
+
+        Raises:
+            MergeError: They were not kept.
+        """
         if self._merged is not None:
             self._merged.take_out(self.site)
             self.__dict__["_merged"] = None
             self._settle()
+
+    def forget_base(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Give up the original parameters in whose place there are merged ones, so that nothing can be unmerged.
+
+        Returns:
+            The parameters that were given up, each with the one in its place.
+        """
+        if self._merged is None:
+            return []
+        originals, heirs = self._merged.originals, self.site.owner._parameters
+        self.__dict__["_merged"] = Merged(self._merged.names, kept=False)
+        pairs = ((old, heirs[name]) for name, old in originals.items())
+        return [(old, heir) for old, heir in pairs if old is not None and heir is not None]
 
     def check_not_merged(self, name: str) -> None:
         """Raise `AdapterStateError` if an adapter is merged, so that changing it now would have no effect."""
@@ -174,16 +198,14 @@ class AdaptedLayer(AdapterHolder):
             The base layer's parameters that were given up, each with the one in its place.
         """
         self.merge(adapter_names=names)
-        originals = {} if self._merged is None else self._merged.originals
-        merged = self.merged_adapters
+        pairs, merged = self.forget_base(), self.merged_adapters
         self.__dict__["_merged"] = None
         self.__dict__["_active_adapter"] = [name for name in self.active_adapters if name not in merged]
         for name in merged:
             del self._adapters[name]
         withdraw(self, self._adapters)  # type: ignore[arg-type]
         self._settle()
-        pairs = ((old, self.site.owner._parameters[name]) for name, old in originals.items())
-        return [(old, heir) for old, heir in pairs if old is not None and heir is not None]
+        return pairs
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter adds something to the weight, so that it can be turned into a low-rank one."""

@@ -266,21 +266,38 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
 
     # Merging
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep_base: str = "device"
+    ) -> None:
         """Fold adapters into the base model's parameters; the originals are kept, so unmerging is exact.
+
+        They take as much memory as what is merged into. With `keep_base="cpu"` they wait in the CPU's memory; those
+        that other modules hold too stay. With "none" they are given up, layer by layer, so that the memory of one layer
+        is enough. Then nothing can be unmerged: `unmerge_adapter`, `disable_adapter`, `set_adapter` and whatever else
+        needs the base model are refused; merging more and `merge_and_unload` are not. What can be refused is refused
+        before the first layer is changed. If the call is interrupted later, the layers done so far stay merged: the
+        model computes what it did, and a second call does the rest.
 
         Args:
             adapter_names: Which; the active ones if not given.
             safe_merge: Refuse, with nothing changed, if a result holds NaN or infinities.
+            keep_base: Where the originals are kept: "device" (where they are), "cpu" or "none".
 
         Raises:
             UnknownAdapterError: There is no such adapter.
+            ArgumentError: `keep_base` is none of the three.
             MergeError: An adapter cannot be merged; nothing was changed.
         """
-        merge.merge_layers(self.model, self._to_merge(adapter_names, for_good=False), safe=safe_merge)
+        merge.check_keep(keep_base, self.biases)
+        names = self._to_merge(adapter_names, for_good=False)
+        merge.merge_layers(self.model, names, self._were_trainable, safe=safe_merge, keep_base=keep_base)
 
     def unmerge_adapter(self) -> None:
-        """Put the base model's original parameters back, the same objects."""
+        """Put the base model's original parameters back, the same objects.
+
+        Raises:
+            MergeError: They were not kept; nothing was changed.
+        """
         merge.unmerge_layers(self.model)
 
     def unload(self) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.alike import run_alike
@@ -285,98 +284,3 @@ def linear(weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=trains)
     layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=trains)
     return layer
-
-
-def add_low_rank(y: Tensor, x: Tensor, down: nn.Module, up: nn.Module, scaling: float | Tensor) -> Tensor:
-    """Return `y + scaling * up(down(x))` without building the matrix `up.weight @ down.weight`.
-
-    The small factors are cast to the dtype of what they meet, not the activations to the dtype of the factors. Where
-    calling a factor is more than a product with its weight (a convolution, a bias, a hook), it is called.
-
-    Args:
-        y: The layer's output, ... x out.
-        x: The layer's input, ... x in.
-        down: The factor with weight rank x in.
-        up: The factor with weight out x rank.
-        scaling: The factor before the product; a tensor of one number where a compiled model must not depend on it.
-    """
-    a: Tensor | None = down._parameters.get("weight")
-    b: Tensor | None = up._parameters.get("weight")
-    if a is None or b is None or not (_is_plain(down, a) and _is_plain(up, b)):
-        return y + scaling * _call(up, _call(down, x)).to(y.dtype)
-    hidden = F.linear(x, a if a.dtype is x.dtype else a.to(x.dtype))
-    if hidden.dtype is not y.dtype:
-        hidden = hidden.to(y.dtype)
-    if b.dtype is not y.dtype:
-        b = b.to(y.dtype)
-    if isinstance(scaling, Tensor):
-        hidden, scaling = hidden * scaling.to(hidden.dtype), 1.0
-    rows = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b.t(), alpha=scaling)
-    return rows.view(y.shape)
-
-
-def add_low_rank_rows(
-    y: Tensor,
-    x: Tensor,
-    downs: Sequence[nn.Module],
-    ups: Sequence[nn.Module],
-    scalings: Sequence[float | Tensor],
-    which: Tensor,
-) -> Tensor:
-    """Return `add_low_rank` of each row with factors of its own, all rows at once.
-
-    The factors are filled up with zeros to the largest rank. `have_plain_weights` says whether they can be read.
-
-    Args:
-        y: The layer's output, rows x ... x out.
-        x: The layer's input, rows x ... x in.
-        downs: Factors with weights rank x in.
-        ups: Factors with weights out x rank.
-        scalings: The factors before the products.
-        which: For each row the position of its factors.
-    """
-    bank_a = _bank(downs, dim=0).to(x.dtype).index_select(0, which)
-    bank_b = _bank(ups, dim=1).to(y.dtype).index_select(0, which)
-    hidden = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), bank_a.mT).to(y.dtype)
-    alpha = scalings[0]
-    if isinstance(alpha, Tensor) or any(isinstance(scaling, Tensor) or scaling != alpha for scaling in scalings):
-        scales = torch.stack([torch.as_tensor(scaling).to(hidden) for scaling in scalings])
-        hidden, alpha = hidden * scales.index_select(0, which)[:, None, None], 1.0
-    rows = y.reshape(y.shape[0], -1, y.shape[-1])
-    return torch.baddbmm(rows, hidden, bank_b.mT, alpha=alpha).view(y.shape)
-
-
-def have_plain_weights(*factors: nn.Module) -> bool:
-    """Return whether reading the weights of factors is the same as calling them."""
-    weights = ((factor, factor._parameters.get("weight")) for factor in factors)
-    return all(weight is not None and _is_plain(factor, weight) for factor, weight in weights)
-
-
-def _bank(factors: Sequence[nn.Module], dim: int) -> Tensor:
-    """Stack the weights of factors, filled up with zeros to the largest rank, which is their size in a dimension."""
-    weights: list[Any] = [factor._parameters["weight"] for factor in factors]
-    ranks = {weight.shape[dim] for weight in weights}
-    if len(ranks) > 1:
-        missing = [max(ranks) - weight.shape[dim] for weight in weights]
-        pads = [(0, 0, 0, more) if dim == 0 else (0, more) for more in missing]
-        weights = [F.pad(weight, pad) for weight, pad in zip(weights, pads, strict=True)]
-    return torch.stack(weights)
-
-
-def _call(factor: nn.Module, x: Tensor) -> Tensor:
-    weight = factor._parameters.get("weight")
-    return factor(x if weight is None or not weight.is_floating_point() else x.to(weight.dtype))  # type: ignore[no-any-return]
-
-
-def _is_plain(layer: nn.Module, weight: Tensor) -> bool:
-    """Return whether reading the weight is the same as calling the layer: nothing hooked, replaced or off-loaded."""
-    return (
-        type(layer) is nn.Linear
-        and not layer._forward_pre_hooks
-        and not layer._forward_hooks
-        and not layer._backward_pre_hooks
-        and not layer._backward_hooks
-        and layer._parameters.get("bias") is None
-        and "forward" not in layer.__dict__
-        and not weight.is_meta
-    )

@@ -13,6 +13,7 @@ from torch import nn
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.checkpoint.base_model import BasePiece, base_modules, file_path
 from tunerkit.errors import AdapterStateError, ConfigError, SaveWarning
+from tunerkit.folding import refusal
 from tunerkit.layer import BaseTunerLayer, layers_in, tuner_layers
 from tunerkit.model_config import config_of, embedding_layers
 from tunerkit.naming import listing
@@ -100,6 +101,8 @@ def _own(model: nn.Module, module: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = module.state_dict(keep_vars=True)
     for layer in layers_in(model):
         if isinstance(layer, AdaptedLayer) and layer.get_base_layer() is module:
+            if not layer.keeps_base:
+                raise refusal(layer.site.name, layer.merged_adapters)
             tensors.update({key: value for key, value in layer.originals.items() if value is not None})
     return tensors
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,39 +89,92 @@ class _Given:
         return self.base.run(x, weight, bias)
 
 
+class Lost:
+    """The bare layer where its own parameters were not kept: it runs and reads nothing, and is otherwise the layer."""
+
+    def __init__(self, site: Site, names: Sequence[str]) -> None:
+        self._site = site
+        self._names = names
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class of the site, which says what kind of layer it is."""
+        return type(self._site)
+
+    @property
+    def base(self) -> Lost:
+        """The bare layer: this."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {"weight", "bias", "stored", "run", "with_parameters"}:
+            raise refusal(self._site.name, self._names)
+        return getattr(self._site, name)
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> Tensor:
+        """Raise `MergeError`."""
+        raise refusal(self._site.name, self._names)
+
+
+def refusal(layer: str, names: Sequence[str]) -> MergeError:
+    """Return the error for what needs a layer's own parameters, which were not kept when adapters were merged."""
+    return MergeError(
+        f"{listing(names)} is merged into {layer!r} and the original parameters were not kept (keep_base='none'), so "
+        "the bare layer is not to be had. Load the base model again, or go on without it: more can be merged, and "
+        "merge_and_unload() gives the merged model."
+    )
+
+
 @dataclass(frozen=True)
 class Merged:
-    """What is merged into a layer, and the parameters that were there before, the same objects."""
+    """What is merged into a layer, and the parameters that were there before, the same objects.
 
-    names: tuple[str, ...]
-    originals: dict[str, nn.Parameter | None]
+    Attributes:
+        names: The adapters, in order.
+        originals: The parameters by name, if they were kept.
+        kept: Whether they were.
+    """
 
-    def also(self, names: Sequence[str]) -> Merged:
-        """Return the record with more names on top."""
-        return replace(self, names=(*self.names, *names))
+    names: tuple[str, ...] = ()
+    originals: dict[str, nn.Parameter | None] = field(default_factory=dict)
+    kept: bool = True
 
-    def put(self, site: Site, tensors: dict[str, Tensor | None]) -> Merged:
-        """Put folded parameters into the layer and return the record with the originals.
+    def put(self, site: Site, tensors: dict[str, Tensor | None], names: Sequence[str]) -> Merged:
+        """Put folded parameters into the layer and return the record with the originals and more names on top.
 
         The layer gets new parameter objects, so another module that shares the original (a tied weight) is not changed.
         """
-        owner = site.owner
-        originals = dict(self.originals)
-        for name in tensors:
-            originals.setdefault(name, owner._parameters.get(name))
+        held = site.owner._parameters
+        before = {name: held.get(name) for name in tensors}
         for name, tensor in tensors.items():
-            before = owner._parameters.get(name)
-            trains = before is not None and before.requires_grad
-            owner._parameters[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=trains)
-        return replace(self, originals=originals)
+            old = before[name]
+            trains = old is not None and old.requires_grad
+            held[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=trains)
+        return Merged((*self.names, *names), {**before, **self.originals} if self.kept else {}, self.kept)
 
     def take_out(self, site: Site) -> None:
-        """Put the original parameters back."""
-        site.owner._parameters.update(self.originals)
+        """Put the original parameters back, on the device on which the layer is now.
+
+        Raises:
+            MergeError: They were not kept.
+        """
+        if not self.kept:
+            raise refusal(site.name, self.names)
+        held = site.owner._parameters
+        for name, original in self.originals.items():
+            now = held.get(name)
+            if original is not None and now is not None:
+                move(original, now.device)
+            held[name] = original
 
     def bare(self, site: Site) -> Site:
         """Return the site as it is without what is merged."""
-        return site.with_parameters(self.originals)
+        if not self.kept:
+            return cast("Site", Lost(site, self.names))
+        device = site.device
+        return site.with_parameters(
+            {name: None if tensor is None else tensor.to(device) for name, tensor in self.originals.items()}
+        )
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or convert the originals along with the layer, keeping the parameter objects where torch can."""
@@ -134,15 +187,21 @@ class Merged:
                     self.originals[name] = nn.Parameter(data, requires_grad=original.requires_grad)
 
 
+def move(parameter: nn.Parameter, device: torch.device) -> None:
+    """Move a parameter to a device, the same object."""
+    if parameter.device != device:
+        parameter.data = parameter.data.to(device)
+
+
 def merge_order(layer: AdaptedLayer, asked: Sequence[str]) -> list[str]:
     """Return which of the asked adapters are to be merged now, in the order in which they stand on the layer.
 
     Raises:
         MergeError: One of them has no merged form, or stands on an adapter that stays and does not commute with it.
     """
-    adapters = layer.adapters
-    active = [name for name in layer.active_adapters if name in adapters and name not in layer.merged_adapters]
-    wanted = [name for name in dict.fromkeys(asked) if name in adapters and name not in layer.merged_adapters]
+    adapters, merged = layer._adapters, layer.merged_adapters
+    active = [name for name in layer.active_adapters if name in adapters and name not in merged]
+    wanted = [name for name in dict.fromkeys(asked) if name in adapters and name not in merged]
     names = [name for name in active if name in wanted] + [name for name in wanted if name not in active]
     for name in names:
         reason = adapters[name].unfoldable
@@ -219,10 +278,15 @@ def changes_of(site: Site, bare: Site, adapters: Sequence[Adapter]) -> list[Tens
     adding = [
         adapter for adapter in adapters if isinstance(adapter, AdditiveAdapter) and _adds_to_weight(adapter, bare)
     ]
-    plain = site.weight.data_ptr() == site.stored.data_ptr()  # not computed from what is stored
-    if not plain or not adding or len(adding) < len(adapters):
+    if not adding or len(adding) < len(adapters):
         return None
-    return [site.as_stored(adapter.delta(bare).reshape(site.weight.shape)) for adapter in adding]
+    weight, stored = site.weight, site.stored
+    if weight is stored:
+        shape = weight.shape
+        return [adapter.delta(bare).reshape(shape) for adapter in adding]
+    if weight.data_ptr() != stored.data_ptr():  # it is computed from what is stored
+        return None
+    return [site.as_stored(adapter.delta(bare).reshape(weight.shape)) for adapter in adding]
 
 
 def _adds_to_weight(adapter: AdditiveAdapter, bare: Site) -> bool:

@@ -5,41 +5,98 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.errors import MergeError, MergeWarning
-from tunerkit.folding import fold, merge_order
+from tunerkit.errors import ArgumentError, MergeError, MergeWarning
+from tunerkit.folding import fold, merge_order, move
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, layers_in
 from tunerkit.model_config import embedding_layers
+from tunerkit.modules import modules_in
 from tunerkit.naming import listing
 from tunerkit.targeting import bare, places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from tunerkit.biases import Biases
 
-def merge_layers(model: nn.Module, names: Sequence[str], *, safe: bool) -> None:
-    """Merge adapters into all layers that have them, or into none if anything goes wrong.
+
+KEEPS = ("device", "cpu", "none")
+"""Where the original parameters can be kept while adapters are merged: where they are, on the CPU, or not at all."""
+
+
+def merge_layers(
+    model: nn.Module, names: Sequence[str], trainable: list[nn.Parameter], *, safe: bool, keep_base: str
+) -> None:
+    """Merge adapters into all layers that have them.
+
+    If anything goes wrong it is into none of them. With "none" that holds for whatever can be refused; if the loop is
+    interrupted, the layers done so far are merged and the others still have their adapters active.
 
     Args:
         model: The base model with the layers.
         names: The adapters.
+        trainable: The base model's parameters that are to train when the adapters are gone; those that are given up are
+            replaced.
         safe: Refuse NaN and infinities.
+        keep_base: One of `KEEPS`.
 
     Raises:
         MergeError: An adapter cannot be merged; nothing was changed.
     """
     layers = layers_in(model)
     _check(model, layers, names)
+    if keep_base == "none":
+        _try(layers, names, safe=safe)
+        with _held_weakly(trainable) as trained:
+            for layer in layers:
+                layer.merge(adapter_names=list(names))
+                if isinstance(layer, AdaptedLayer):
+                    trainable += [heir for old, heir in layer.forget_base() if id(old) in trained]
+        return
+    shared = _shared_parameters(model) if keep_base == "cpu" else set()
     with Journal() as journal:
         for layer in layers:
             note_parameters(journal, layer)
             layer.merge(safe_merge=safe, adapter_names=list(names))
+            if keep_base == "cpu" and isinstance(layer, AdaptedLayer):
+                for original in layer.originals.values():
+                    if original is not None and id(original) not in shared:
+                        journal.note(move, original, original.device)
+                        move(original, torch.device("cpu"))
+
+
+def check_keep(keep_base: str, biases: Biases) -> None:
+    """Raise if originals cannot be kept there: `ArgumentError`, or `MergeError` where biases that train are lost."""
+    if keep_base not in KEEPS:
+        msg = f"keep_base is {keep_base!r}; it can be {listing(KEEPS)}."
+        raise ArgumentError(msg)
+    if keep_base == "none" and biases.name:
+        msg = (
+            f"{biases.name!r} trains the base model's biases (bias={biases.which!r}), and without the originals "
+            "(keep_base='none') they could not be told from merged ones. Use keep_base='device' or merge_and_unload()."
+        )
+        raise MergeError(msg)
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that several modules hold."""
+    held = [id(one) for module in modules_in(model) for one in set(module._parameters.values()) if one is not None]
+    return {name for name, count in Counter(held).items() if count > 1}
+
+
+def _try(layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
+    """Fold adapters without changing anything, where that may be refused."""
+    for layer in layers:
+        if isinstance(layer, AdaptedLayer) and (safe or not layer.keeps_base):
+            adapters = [layer.adapters[name] for name in merge_order(layer, names)]
+            fold(layer.site, layer.bare_site, adapters, safe=safe)
 
 
 def unmerge_layers(model: nn.Module) -> None:
@@ -76,13 +133,24 @@ def note_layers(journal: Journal, layers: Sequence[BaseTunerLayer]) -> None:
 
 def note_parameters(journal: Journal, layer: BaseTunerLayer) -> None:
     """Note a layer's base parameters before adapters are merged into them or taken out."""
+    if isinstance(layer, AdaptedLayer):
+        held = layer.site.owner._parameters
+        journal.note(_take_back, layer, layer.activity, held, held.copy())
+        return
     journal.note_module(layer)  # type: ignore[arg-type]
     base = layer.get_base_layer()
     journal.note_module(base)
-    if not isinstance(layer, AdaptedLayer) and not layer.replaces:
+    if not layer.replaces:
         # A layer written by hand changes them in place.
         for parameter in base.parameters():
             journal.note_values(parameter)
+
+
+def _take_back(layer: AdaptedLayer, activity: tuple[Any, ...], held: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in [name for name in held if name not in before]:
+        del held[name]
+    held.update(before)
+    layer.resume(activity)
 
 
 def merge_for_good(
@@ -107,12 +175,7 @@ def merge_for_good(
     """
     layers = layers_in(model)
     _check(model, layers, names)
-    if safe:
-        for layer in layers:
-            if isinstance(layer, AdaptedLayer):
-                fold(
-                    layer.site, layer.bare_site, [layer.adapters[name] for name in merge_order(layer, names)], safe=True
-                )
+    _try(layers, names, safe=safe)
     with _progress("merging", len(layers), show=progressbar) as advance, _held_weakly(trainable) as trained:
         for layer in layers:
             trainable += [heir for old, heir in layer.merge_for_good(list(names)) if id(old) in trained]

@@ -128,7 +128,8 @@ class PeftModel(StoredModel):
             adapter_names: The adapter of each row of the batch; `"__base__"` is the base model. See `use_rows`.
             kwargs: The arguments of the base model, by name.
         """
-        return self.base_model(*args, adapter_names=adapter_names, **refusals.own_arguments(kwargs))
+        tuner: Any = self._modules["base_model"]  # not by `__getattr__`, which a small forward feels
+        return tuner(*args, adapter_names=adapter_names, **refusals.own_arguments(kwargs))
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate`, with the adapters that are active or that this call is routed to.

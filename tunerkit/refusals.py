@@ -44,6 +44,8 @@ def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: The call is to use offsets of activated adapters.
     """
+    if not any(name in arguments for name in _PEFTS):
+        return arguments
     given = {name: value for name, value in arguments.items() if name not in _PEFTS or value is not None}
     for name, advice in _PEFTS.items():
         if name in given:

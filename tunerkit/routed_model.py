@@ -40,6 +40,8 @@ class RoutedModel(AdaptedModel):
         Raises:
             TunerkitError: The rows cannot have these adapters; see `use_rows`.
         """
+        if adapter_names is None:
+            return self._forward(args, kwargs)
         with self.rows_of_call(adapter_names, args, kwargs):
             return self._forward(args, kwargs)
 
@@ -47,7 +49,7 @@ class RoutedModel(AdaptedModel):
         refuse_unaveraged()
         route = self._route()
         names = tuple(self.active_adapters) if route is None or isinstance(route, Rows) else route
-        call: Any = self.model
+        call: Any = self._modules["model"]
         for name in names if self.parts and not isinstance(route, Rows) else ():
             if name in self.parts:
                 call = functools.partial(self.parts[name].around, call)
@@ -100,7 +102,11 @@ class RoutedModel(AdaptedModel):
             RouteError: Adapters are merged or switched off, or a method or a layer written by hand cannot tell rows
                 apart. Later, from a layer: the first dimension of its input is not the rows.
         """
-        rows = Rows(self._by_row(adapter_names), repeats)
+        with self._rows(Rows(self._by_row(adapter_names), repeats)):
+            yield
+
+    @contextlib.contextmanager
+    def _rows(self, rows: Rows) -> Iterator[None]:
         layers = list(self.layers())
         self._check_rows(layers, rows)
         for name in rows.names:
@@ -125,7 +131,8 @@ class RoutedModel(AdaptedModel):
         """
         if adapter_names is None:
             return contextlib.nullcontext()
-        count = len(self._by_row(adapter_names))
+        names = self._by_row(adapter_names)
+        count = len(names)
         shapes = [
             tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()
         ]
@@ -135,7 +142,7 @@ class RoutedModel(AdaptedModel):
                 f"shape {shapes[0]}. Pass {shapes[0][0]} names."
             )
             raise RouteError(msg)
-        return self.use_rows(adapter_names, repeats)
+        return self._rows(Rows(names, repeats))
 
     def _by_row(self, given: object) -> list[str]:
         """Return what a caller passed as the name of each row's adapter, all of them known."""
@@ -145,7 +152,7 @@ class RoutedModel(AdaptedModel):
                 f"{given!r}. The model has {listing(self.peft_config)}. For the whole batch use use_adapter(name)."
             )
             raise AdapterNameError(msg)
-        self.check_known([name for name in given if name != BASE])
+        self.check_known([name for name in dict.fromkeys(given) if name != BASE])
         return list(given)
 
     def _check_rows(self, layers: Sequence[BaseTunerLayer], rows: Rows) -> None:
@@ -156,7 +163,7 @@ class RoutedModel(AdaptedModel):
                 "call enable_adapter_layers() first."
             )
             raise RouteError(msg)
-        for name in rows.names:
+        for name in rows.names if self.parts else ():
             part = self.parts.get(name)
             if part is not None and type(part).around is not Part.around:
                 msg = (
@@ -165,9 +172,10 @@ class RoutedModel(AdaptedModel):
                 )
                 raise RouteError(msg)
         for layer in (layer for layer in layers if isinstance(layer, AdaptedLayer)):
-            for name, adapter in layer.adapters.items():
-                reason = adapter.crosses_rows or layer.site.crosses_rows
-                if name in rows.names and reason is not None:
+            adapters, site = layer._adapters, layer.site
+            for name in rows.names:
+                reason = adapters[name].crosses_rows or site.crosses_rows if name in adapters else None
+                if reason is not None:
                     msg = (
                         f"The adapter {name!r} on {layer.site.name!r} cannot be for some rows of a batch only: "
                         f"{reason}. Use use_adapter({name!r}) and a batch of its own."

@@ -69,11 +69,12 @@ def run_rows(adapters: Sequence[Adapter | None], x: Tensor, below: Below, groups
         below: The layer.
         groups: The rows by adapter.
     """
+    runners = {kind: _runner(kind) for kind in set(map(type, adapters))}
+    if len(set(runners.values())) == 1:
+        return _run_kind(next(iter(runners.values())), adapters, x, below, groups)
     kinds: dict[type[Adapter] | None, list[int]] = {}
     for position, adapter in enumerate(adapters):
-        kinds.setdefault(None if adapter is None else _runner(type(adapter)), []).append(position)
-    if len(kinds) == 1:
-        return _run_kind(next(iter(kinds)), adapters, x, below, groups)
+        kinds.setdefault(runners[type(adapter)], []).append(position)
     once = Once(below, x)
     outputs = []
     for kind, positions in kinds.items():
@@ -92,11 +93,13 @@ def _run_kind(kind: type[Adapter] | None, adapters: Sequence[Any], x: Tensor, be
     return kind.forward_rows(adapters, x, below, groups)
 
 
-def _runner(kind: type[Adapter]) -> type[Adapter]:
+def _runner(kind: type[Adapter | None]) -> type[Adapter] | None:
     """Return the class whose `forward_rows` is right for adapters of a class: one that did not change `forward` after.
 
-    Adapters for which it is the same class are given to it together.
+    Adapters for which it is the same class are given to it together. Where there is no adapter, it is None.
     """
+    if kind is type(None):
+        return None
     for base in kind.__mro__:
         if "forward_rows" in vars(base):
             return base

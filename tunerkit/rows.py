@@ -6,6 +6,7 @@ has; which row is whose is in two tensors, so that a compiled graph serves every
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,10 +46,15 @@ class Groups:
     @classmethod
     def of(cls, by_row: Sequence[str]) -> Groups:
         """Sort the rows of a batch, given the name of each row's adapter."""
-        names = sorted(set(by_row))
-        order = sorted(range(len(by_row)), key=lambda row: (by_row[row], row))
-        slot_of = sorted(range(len(order)), key=order.__getitem__)
-        return cls(names, [by_row.count(name) for name in names], _whole(order), _whole(slot_of))
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(by_row):
+            rows.setdefault(name, []).append(row)
+        names = sorted(rows)
+        order = [row for name in names for row in rows[name]]
+        slot_of = [0] * len(order)
+        for slot, row in enumerate(order):
+            slot_of[row] = slot
+        return cls(names, [len(rows[name]) for name in names], *_whole(order, slot_of))
 
     def only(self, positions: Sequence[int]) -> Groups:
         """Return the groups at these positions as a batch of their own, already sorted."""
@@ -56,7 +62,7 @@ class Groups:
         if key in self._parts and not torch.compiler.is_compiling():
             return self._parts[key]
         sizes = [self.sizes[position] for position in positions]
-        order = _whole(range(sum(sizes)))
+        (order,) = _whole(range(sum(sizes)))
         part = Groups([self.names[position] for position in positions], sizes, order, order)
         if not torch.compiler.is_compiling():
             self._parts[key] = part
@@ -70,12 +76,11 @@ class Groups:
             device: Where the result is to be.
             size: To how many rows each group is filled up, by repeating its last; 0 leaves each as it is.
         """
-        return self._kept(("rows", *positions, device, size), device, lambda: self.order[self._slots(positions, size)])
+        return self._kept(("rows", tuple(positions), device, size), device, lambda: self._rows(positions, size))
 
     def position_of_rows(self, device: torch.device) -> Tensor:
         """Return for each row the position of its group."""
-        positions = [position for position, size in enumerate(self.sizes) for _ in range(size)]
-        return self._kept(("positions", device), device, lambda: _whole(positions)[self.slot_of])
+        return self._kept(("positions", device), device, lambda: self._by_slot(self._positions()))
 
     def join(self, parts: Sequence[Sequence[int]], sizes: Sequence[int], outputs: Sequence[Any]) -> Any:
         """Put the outputs of parts of the batch together, in the order of the rows.
@@ -96,30 +101,38 @@ class Groups:
                 return None
             msg = f"Rows cannot have adapters of their own where a layer puts out a {type(first).__name__}."
             raise RouteError(msg)
-        key = ("join", *(tuple(part) for part in parts), *sizes, first.device)
-        places = self._kept(key, first.device, lambda: _whole(self._places(parts, sizes))[self.slot_of])
-        return torch.cat(list(outputs)).index_select(0, places)
+        key = ("join", tuple(map(tuple, parts)), tuple(sizes), first.device)
+        places = self._kept(key, first.device, lambda: self._outputs(parts, sizes))
+        return (first if len(outputs) == 1 else torch.cat(list(outputs))).index_select(0, places)
 
-    def _slots(self, positions: Sequence[int], size: int) -> list[int]:
-        starts = self._starts()
-        return [
-            starts[position] + min(row, self.sizes[position] - 1)
-            for position in positions
-            for row in range(size or self.sizes[position])
-        ]
+    def _positions(self) -> list[int]:
+        """Return for each slot the position of its group."""
+        return [position for position, size in enumerate(self.sizes) for _ in range(size)]
 
-    def _places(self, parts: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[int]:
-        """Return for each slot where its row is in the outputs of the parts, one after the other."""
-        places, starts, end = [0] * sum(self.sizes), self._starts(), 0
+    def _rows(self, positions: Sequence[int], size: int) -> Tensor:
+        starts, slots = self._starts(), []
+        for position in positions:
+            start, own = starts[position], self.sizes[position]
+            slots += [*range(start, start + own), *[start + own - 1] * (size - own)]
+        return self.order if slots == list(range(len(self.order))) else self.order[_whole(slots)[0]]
+
+    def _outputs(self, parts: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
+        """Return for each row where it is in the outputs of the parts, one after the other."""
+        places, starts, end = list(range(len(self.order))), self._starts(), 0
+        in_order = places.copy()
         for part, size in zip(parts, sizes, strict=True):
             for position in part:
-                for row in range(self.sizes[position]):
-                    places[starts[position] + row] = end + row
-                end += size or self.sizes[position]
-        return places
+                start, own = starts[position], self.sizes[position]
+                places[start : start + own] = range(end, end + own)
+                end += size or own
+        return self.slot_of if places == in_order else self._by_slot(places)
+
+    def _by_slot(self, numbers: Sequence[int]) -> Tensor:
+        """Return for each row the number that its slot has."""
+        return _whole(numbers)[0][self.slot_of]
 
     def _starts(self) -> list[int]:
-        return [sum(self.sizes[:position]) for position in range(len(self.sizes))]
+        return [0, *itertools.accumulate(self.sizes)][:-1]
 
     def _kept(self, key: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         """Return an index that all layers of a call need alike, made once for each device."""
@@ -232,7 +245,7 @@ def split_rows(x: Tensor, groups: Groups, run: Callable[[str, Tensor], Any]) -> 
     return groups.join(parts, [0] * len(parts), outputs)
 
 
-def _whole(numbers: Sequence[int]) -> Tensor:
+def _whole(*numbers: Sequence[int]) -> list[Tensor]:
     # On the CPU also within a `with torch.device(...)` block, and fit for a backward.
     with torch.inference_mode(False):  # noqa: FBT003 - the compiler takes no keyword
-        return torch.tensor(list(numbers), dtype=torch.long, device="cpu")
+        return [torch.tensor(list(each), dtype=torch.long, device="cpu") for each in numbers]

@@ -40,5 +40,6 @@ JOBS: tuple[Job, ...] = (
     peak_of("train", "a training step, 64 rows, 8 layers, width 2048"),
     peak_of("load", "loading, 8 layers, width 2048"),
     peak_of("merge", "`merge_adapter`, 8 layers, width 2048", floor=None),
+    peak_of("given-up", '`merge_adapter`, ours with `keep_base="none"`, 8 layers, width 2048', floor=None),
     peak_of("unload", "`merge_and_unload`, 8 layers, width 2048"),
 )

@@ -95,6 +95,16 @@ def measure_merge(side: Side, width: int, depth: int, folder: str) -> float:
     return above(lambda: used.attach(stack(width, depth)).merge_adapter())
 
 
+def measure_given_up(side: Side, width: int, depth: int, folder: str) -> float:
+    """Return the peak of attaching and merging; ours keeps no originals."""
+    del folder
+    from suite.libraries import library  # noqa: PLC0415 - the same
+    from suite.models import stack  # noqa: PLC0415 - the same
+
+    used, options = library(side), {"keep_base": "none"} if side == "ours" else {}
+    return above(lambda: used.attach(stack(width, depth)).merge_adapter(**options))
+
+
 def measure_unload(side: Side, width: int, depth: int, folder: str) -> float:
     """Return the peak of attaching and merging for good."""
     del folder
@@ -130,6 +140,7 @@ def measure_adapters(side: Side, adapters: int, width: int, depth: int) -> float
 
 PROBES: dict[str, Callable[..., float]] = {
     "adapters": measure_adapters,
+    "given-up": measure_given_up,
     "import": measure_import,
     "load": measure_load,
     "merge": measure_merge,

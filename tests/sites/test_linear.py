@@ -68,6 +68,89 @@ class TestRun:
             make_site(layer).run(torch.randn(3, 5), layer.weight, None, scale=2)
 
 
+GLOBAL_HOOKS = [
+    "register_module_forward_hook",
+    "register_module_forward_pre_hook",
+    "register_module_full_backward_hook",
+    "register_module_full_backward_pre_hook",
+]
+
+
+def halves_its_weight(layer):
+    """Leave a layer as offloaders do: its weight is a plain attribute."""
+    weight = layer.weight.detach() / 2
+    del layer.weight
+    layer.weight = weight
+
+
+def forward_of_its_own(layer):
+    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias) / 2
+
+
+def compiled_call(layer):
+    layer._compiled_call_impl = lambda x: F.linear(x, layer.weight, layer.bias) / 2
+
+
+class TestCall:
+    """The layer is not called where that would be a product with its weight and nothing else."""
+
+    @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("kind", [nn.Linear, Own])
+    def test_as_the_layer(self, kind, bias, shape):
+        layer, x = kind(5, 4, bias=bias), torch.randn(shape)
+        assert torch.equal(make_site(layer)(x), layer(x))
+
+    @pytest.mark.parametrize("change", [halves_its_weight, forward_of_its_own, compiled_call])
+    def test_what_was_replaced_on_the_layer(self, change):
+        layer, x = nn.Linear(5, 4, bias=False), torch.randn(3, 5)
+        site, before = make_site(layer), layer(x)
+        change(layer)
+        assert torch.allclose(site(x), before / 2)
+
+    def test_forward_replaced_for_all_layers(self, monkeypatch):
+        layer, x = nn.Linear(5, 4), torch.randn(3, 5)
+        site, before = make_site(layer), layer(x)
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: F.linear(x, self.weight, self.bias) / 2)
+        assert torch.allclose(site(x), before / 2)
+
+    @pytest.mark.parametrize("register", GLOBAL_HOOKS)
+    def test_hooks_of_all_modules(self, register):
+        layer, seen = nn.Linear(5, 4), []
+        handle = getattr(nn.modules.module, register)(lambda module, *_: seen.append(module))
+        try:
+            make_site(layer)(torch.randn(3, 5, requires_grad=True)).sum().backward()
+        finally:
+            handle.remove()
+        assert seen == [layer]
+
+    @pytest.mark.parametrize(
+        "register",
+        [
+            "register_forward_hook",
+            "register_forward_pre_hook",
+            "register_full_backward_hook",
+            "register_full_backward_pre_hook",
+        ],
+    )
+    def test_hooks_that_come_and_go(self, register):
+        layer, seen, x = nn.Linear(5, 4), [], torch.randn(3, 5, requires_grad=True)
+        site = make_site(layer)
+        site(x).sum().backward()
+        handle = getattr(layer, register)(lambda *_: seen.append(1))
+        site(x).sum().backward()
+        handle.remove()
+        site(x).sum().backward()
+        assert seen == [1]
+
+    def test_arguments_that_the_layer_does_not_take(self):
+        site = make_site(nn.Linear(5, 4))
+        with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+            site(torch.randn(3, 5), 2)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
+            site(torch.randn(3, 5), scale=2)
+
+
 class TestTakes:
     def test_what_it_takes(self):
         for layer in (

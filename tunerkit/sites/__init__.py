@@ -10,7 +10,7 @@ from tunerkit.sites.attention import SHOWN, AttentionSite, OutputProjectionSite
 from tunerkit.sites.base import Below, Bound, Site, is_making_on_meta, make_on_meta, twin
 from tunerkit.sites.convolution import Convolution1dSite, Convolution2dSite, Convolution3dSite, ConvolutionSite
 from tunerkit.sites.embedding import EmbeddingSite
-from tunerkit.sites.linear import CONV1D, LinearSite, TransposedLinearSite
+from tunerkit.sites.linear import CONV1D, LinearSite, TransposedLinearSite, plain_parameters
 from tunerkit.sites.parameter import ParameterSite
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "is_making_on_meta",
     "make_on_meta",
     "make_site",
+    "plain_parameters",
     "register_site",
     "site_class",
     "twin",

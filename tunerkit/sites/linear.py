@@ -6,11 +6,15 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from tunerkit.sites.base import Site, unfit_weight
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """The full name of the layer that GPT-2 and its like are made of. It is linear, in spite of its name."""
+
+_FORWARD = nn.Linear.forward
+"""What may be replaced for all linear layers, as some programs do."""
 
 
 class LinearSite(Site):
@@ -24,9 +28,18 @@ class LinearSite(Site):
         """Return why this very layer cannot be adapted, or None."""
         return unfit_weight(module)
 
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer as it is."""
+        module = self.module
+        parameters = None if args or kwargs else plain_parameters(module)
+        if parameters is not None:
+            # The same without `nn.Module.__call__` and `__getattr__`, which cost more than a small product.
+            return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+        return module(x, *args, **kwargs)  # type: ignore[no-any-return]
+
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer on `x` with these parameters in place of its own."""
-        if not args and not kwargs and _is_plain(self.module):
+        if not args and not kwargs and _takes_weight(self.module):
             dtype = self.stored.dtype
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         return super().run(x, weight, bias, *args, **kwargs)
@@ -48,14 +61,42 @@ class TransposedLinearSite(LinearSite):
         return weight.reshape(self.weight.shape).T.contiguous()
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Return whether calling the layer is the same as calling `F.linear`."""
+def plain_parameters(
+    module: nn.Module, kind: type[nn.Module] = nn.Linear, forward: object = _FORWARD
+) -> dict[str, nn.Parameter | None] | None:
+    """Return the parameters `weight` and `bias` of a linear layer if `F.linear` with them is all that calling it is.
+
+    Hooks come and go at any time, so this is asked at every call.
+
+    Args:
+        module: The layer.
+        kind: The class that it must be of.
+        forward: The `forward` that the class must have.
+    """
+    state = module.__dict__
+    if (
+        type(module) is not kind
+        or kind.forward is not forward
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_compiled_call_impl" in state
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    ):
+        return None
+    parameters: dict[str, nn.Parameter | None] = state["_parameters"]
+    # An offloader, or who computes them anew at every call, may hold them as plain attributes.
+    return parameters if "weight" in parameters and "bias" in parameters else None
+
+
+def _takes_weight(module: nn.Module) -> bool:
+    """Return whether calling the layer with another weight is the same as calling `F.linear` with it."""
     kind = type(module)
-    return (
-        (kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" == CONV1D)
-        and "forward" not in module.__dict__
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and not module._backward_pre_hooks
-        and not module._backward_hooks
-    )
+    if f"{kind.__module__}.{kind.__qualname__}" == CONV1D:
+        return plain_parameters(module, kind, kind.forward) is not None
+    return plain_parameters(module) is not None

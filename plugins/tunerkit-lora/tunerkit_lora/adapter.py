@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tunerkit.adapter import add_low_rank, add_low_rank_rows, have_plain_weights, linear
+from tunerkit.adapter import linear
 from tunerkit.errors import AdapterStateError, ConfigError
+from tunerkit.low_rank import add_low_rank, add_low_rank_rows, plain_weights
 from tunerkit.sites import twin
 from tunerkit_lora.base import LowRankAdapter
 from tunerkit_lora.embedding import LoraEmbedding
@@ -96,13 +97,14 @@ class LoraAdapter(LowRankAdapter):
     def forward_rows(cls, adapters: Sequence[Self], x: Tensor, below: Below, groups: Groups) -> Tensor:
         """Return the inherited result with the small factors of all adapters in two products for the whole batch."""
         dropouts = {adapter.lora_dropout if adapter.training else 0.0 for adapter in adapters}
-        downs, ups = [adapter.lora_A for adapter in adapters], [adapter.lora_B for adapter in adapters]
-        if len(dropouts) > 1 or not have_plain_weights(*downs, *ups):
+        downs = plain_weights([adapter.lora_A for adapter in adapters])
+        ups = plain_weights([adapter.lora_B for adapter in adapters])
+        if len(dropouts) > 1 or downs is None or ups is None:
             return super().forward_rows(adapters, x, below, groups)
         rate = dropouts.pop()
         dropped = F.dropout(x, rate) if rate else x
         scalings = [adapter.scaling for adapter in adapters]
-        return add_low_rank_rows(below(x), dropped, downs, ups, scalings, groups.position_of_rows(x.device))
+        return add_low_rank_rows(below(x), dropped, downs, ups, scalings, groups)
 
     # Tied weights: one pair of factors for an embedding and for the layer that holds its table too
 
