@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tunerkit.alike import run_alike
 from tunerkit.errors import AdapterStateError, UnsupportedSiteError
-from tunerkit.modules import begin
+from tunerkit.lean import LeanModule, Linear
 from tunerkit.sites import Bound
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _ROUNDING = 4
 """By how many times the precision of its numbers a weight may differ from one that is the same."""
 
 
-class Adapter(nn.Module):
+class Adapter(LeanModule):
     """One method's maths at one site.
 
     A subclass makes its tensors in `__init__(self, site, config)` and says in `merged` what the layer's parameters are
@@ -56,7 +56,7 @@ class Adapter(nn.Module):
 
     def __init__(self, site: Site, config: PeftConfig) -> None:
         del site, config
-        begin(self)
+        super().__init__()
 
     def merged(self, below: Below) -> tuple[Tensor, Tensor | None]:
         """Return the layer's weight and bias with this adapter folded in, changing nothing.
@@ -277,10 +277,4 @@ def linear(weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -
         bias: The bias, of size out, or None.
         trains: Whether they are to be trained.
     """
-    layer = nn.Linear.__new__(nn.Linear)
-    begin(layer)
-    out_features, in_features = weight.shape
-    layer.__dict__.update(out_features=out_features, in_features=in_features)
-    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=trains)
-    layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=trains)
-    return layer
+    return Linear(weight, bias, trains=trains)

@@ -21,6 +21,9 @@ _CONTAINERS = [(name, type(value)) for name, value in _BLANK.items() if isinstan
 _VALUES = {name: value for name, value in _BLANK.items() if not isinstance(value, (dict, set))}
 
 
+_NONE: frozenset[str] = frozenset()  # one for all modules: Python makes another each time
+
+
 def begin(module: nn.Module) -> None:
     """Do what `nn.Module.__init__` does, at a third of its cost."""
     state = module.__dict__
@@ -95,5 +98,5 @@ def remove_hooks(hooks: Iterable[Hook]) -> None:
 def frozen_keys(module: nn.Module) -> frozenset[str]:
     """Return the names of the parameters of a module, and of those below it, that do not train."""
     if all(parameter.requires_grad for parameter in parameters_in(module)):
-        return frozenset()
+        return _NONE
     return frozenset(key for key, parameter in module.named_parameters() if not parameter.requires_grad)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tunerkit.errors import ArgumentError, PluginError
-from tunerkit.modules import begin
+from tunerkit.lean import LeanModule
 from tunerkit.naming import listing
 
 if TYPE_CHECKING:
@@ -108,11 +108,11 @@ class EntryView(_Mapping, dict[str, Any]):
         return {**self.copy(), **other}
 
 
-class EntryModule(nn.Module):
+class EntryModule(LeanModule):
     """One entry of all adapters of a layer, `layer.lora_A`; used like an `nn.ModuleDict` or `nn.ParameterDict`."""
 
     def __init__(self, adapters: dict[str, nn.Module], entry: str) -> None:
-        begin(self)
+        super().__init__()
         for kind in _KINDS:
             self.__dict__[kind] = EntryView(adapters, kind, entry)
 
@@ -250,7 +250,7 @@ def expose(owner: nn.Module, adapters: dict[str, nn.Module], name: str) -> None:
         if entry not in shown:
             shown[entry] = module = EntryModule(adapters, entry)
             module.__dict__["training"] = owner.training
-    for entry in adapter._non_persistent_buffers_set:
+    for entry in adapter.__dict__.get("_non_persistent_buffers_set", ()):
         shown[entry]._non_persistent_buffers_set.add(name)  # type: ignore[union-attr]
 
 
@@ -266,5 +266,5 @@ def withdraw(owner: nn.Module, adapters: dict[str, nn.Module]) -> None:
     for entry, module in list(owner._modules.items()):
         if isinstance(module, EntryModule) and not len(module):
             del owner._modules[entry]
-        elif isinstance(module, EntryModule):
+        elif isinstance(module, EntryModule) and "_non_persistent_buffers_set" in module.__dict__:
             module._non_persistent_buffers_set.intersection_update(adapters)

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from tunerkit.lean import Linear
 from tunerkit.sites.base import Site, unfit_weight
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """The full name of the layer that GPT-2 and its like are made of. It is linear, in spite of its name."""
 
+_LINEAR = (nn.Linear, Linear)
 _FORWARD = nn.Linear.forward
 """What may be replaced for all linear layers, as some programs do."""
 
@@ -62,7 +64,7 @@ class TransposedLinearSite(LinearSite):
 
 
 def plain_parameters(
-    module: nn.Module, kind: type[nn.Module] = nn.Linear, forward: object = _FORWARD
+    module: nn.Module, kinds: tuple[type[nn.Module], ...] = _LINEAR, forward: object = _FORWARD
 ) -> dict[str, nn.Parameter | None] | None:
     """Return the parameters `weight` and `bias` of a linear layer if `F.linear` with them is all that calling it is.
 
@@ -70,17 +72,17 @@ def plain_parameters(
 
     Args:
         module: The layer.
-        kind: The class that it must be of.
-        forward: The `forward` that the class must have.
+        kinds: The classes of which it must be one.
+        forward: The `forward` that it must have.
     """
-    state = module.__dict__
+    kind, state = type(module), module.__dict__
     if (
-        type(module) is not kind
+        kind not in kinds
         or kind.forward is not forward
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
+        or state.get("_forward_hooks")  # a lean module has none at first
+        or state.get("_forward_pre_hooks")
+        or state.get("_backward_hooks")
+        or state.get("_backward_pre_hooks")
         or "forward" in state
         or "_compiled_call_impl" in state
         or torch_module._global_forward_hooks
@@ -98,5 +100,5 @@ def _takes_weight(module: nn.Module) -> bool:
     """Return whether calling the layer with another weight is the same as calling `F.linear` with it."""
     kind = type(module)
     if f"{kind.__module__}.{kind.__qualname__}" == CONV1D:
-        return plain_parameters(module, kind, kind.forward) is not None
+        return plain_parameters(module, (kind,), kind.forward) is not None
     return plain_parameters(module) is not None
