@@ -219,6 +219,17 @@ class TestNone:
         )
         assert before.differences(model) == []
 
+    def test_the_bare_layer_is_not_to_be_had(self):
+        site = LinearSite(nn.Linear(3, 4), "0")
+        lost = Merged(("one",), kept=False).bare(site)
+        assert isinstance(lost, LinearSite)
+        assert lost.base is lost
+        assert (lost.kind, lost.name, lost.in_features, lost.dtype) == ("linear", "0", 3, torch.float32)
+        for ask in (lambda: lost(X), lambda: lost.run(X, site.weight, None), lambda: lost.weight, lambda: lost.bias):
+            with pytest.raises(MergeError) as caught:
+                ask()
+            assert str(caught.value) == LOST
+
     def test_a_layer_into_which_nothing_is_merged(self):
         assert layers(adapted(lora()))[0].forget_base() == []
 

@@ -307,6 +307,17 @@ class TestByHand:
         with model.use_adapter("default"):
             assert difference(run(model), run(make_base())) > 1e-3
 
+    @pytest.mark.parametrize("keep", ["cpu", "none"])
+    def test_where_originals_are_kept_is_not_their_business(self, model, keep):
+        output = run(model)
+        if isinstance(model.get_base_model()[2], Bare):
+            with pytest.raises(NotImplementedError):
+                model.merge_adapter(keep_base=keep)
+            return
+        model.merge_adapter(keep_base=keep)
+        assert all(layer.merged for layer in model.base_model.layers())
+        torch.testing.assert_close(run(model), output)
+
     def test_all_or_none(self, model):
         before, output = Snapshot.of(model), run(model)
         assert difference(output, run(make_base())) > 1e-3

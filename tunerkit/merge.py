@@ -56,7 +56,7 @@ def merge_layers(
         _try(layers, names, safe=safe)
         with _held_weakly(trainable) as trained:
             for layer in layers:
-                layer.merge(adapter_names=list(names))
+                layer.merge(safe_merge=safe, adapter_names=list(names))
                 if isinstance(layer, AdaptedLayer):
                     trainable += [heir for old, heir in layer.forget_base() if id(old) in trained]
         return

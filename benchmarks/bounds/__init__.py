@@ -1,0 +1,1 @@
+"""Minimal scripts, each of which shows a bound that a goal meets."""
