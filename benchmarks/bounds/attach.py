@@ -1,0 +1,169 @@
+"""What attaching and switching have to cost at least: the bounds for `attach.*` and `switching.*`.
+
+The floor of the suite has two bare parameters a layer and undoes nothing. These loops do, over lists that are ready and
+without a check, only what tunerkit's promises ask for at each of 4,800 layers: an adapter of three modules, so that its
+tensors have PEFT's names and may have hooks; a note of what was there, so that an error leaves the model as it was; one
+decision by name; and every tensor of every adapter asked whether it trains, for a script may have set that itself. Run
+it with `python benchmarks/bounds/attach.py`; it prints medians of CPU time in microseconds a layer.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gc
+import math
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LAYERS, WIDTH, RANK = 4800, 16, 8
+TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+HELD = ("_parameters", "_buffers", "_modules")
+BOUND = 1 / math.sqrt(WIDTH)
+
+torch.set_num_threads(1)
+
+
+class Floor(nn.Module):
+    """The floor's layer: two bare parameters."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        a = torch.empty(RANK, WIDTH)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.a, self.b = nn.Parameter(a), nn.Parameter(torch.zeros(WIDTH, RANK))
+
+
+class Lean(nn.Module):
+    """A module that holds what it has, and no containers for hooks yet."""
+
+    def __init__(self) -> None:
+        state = self.__dict__
+        state["training"] = True
+        for name in HELD:
+            state[name] = {}
+
+
+def base_model() -> list[tuple[str, nn.Module, nn.Linear]]:
+    """Return the layers with their paths and parents, three to a parent as the experts of a mixture have."""
+    places = []
+    for number in range(LAYERS // 3):
+        parent = nn.Module()
+        for child in ("gate_proj", "up_proj", "down_proj"):
+            layer = nn.Linear(WIDTH, WIDTH, bias=False)
+            parent.add_module(child, layer)
+            places.append((f"layers.{number // 32}.experts.{number % 32}.{child}", parent, layer))
+    return places
+
+
+def floor(places: list[tuple[str, nn.Module, nn.Linear]]) -> None:
+    """Attach as the floor does."""
+    for path, parent, layer in places:
+        setattr(parent, path.rpartition(".")[2], Floor(layer))
+
+
+def new_adapter() -> Lean:
+    """Return an adapter of two factors, each in a module of its own."""
+    adapter = Lean()
+    factors = torch.empty(RANK, WIDTH).uniform_(-BOUND, BOUND), torch.zeros(WIDTH, RANK)
+    for name, factor in zip(("lora_A", "lora_B"), factors, strict=True):
+        held = Lean()
+        held._parameters["weight"] = nn.Parameter(factor)
+        adapter._modules[name] = held
+    return adapter
+
+
+def note(notes: list[Any], module: nn.Module) -> None:
+    """Note what a module is, so that it can be put back."""
+    state = module.__dict__
+    notes.append((module, state.copy(), [(held, held.copy()) for name in HELD if (held := state[name])]))
+
+
+def attach(places: list[tuple[str, nn.Module, nn.Linear]]) -> list[nn.Module]:
+    """Attach a first adapter."""
+    notes: list[Any] = []
+    layers = []
+    for path, parent, base in places:
+        child = path.rpartition(".")[2]
+        if child in TARGETS:
+            note(notes, parent)
+            note(notes, base)
+            layer = nn.Module()
+            layer._modules["base_layer"] = base
+            layer.__dict__["adapters"] = {"default": new_adapter()}
+            for entry in ("lora_A", "lora_B"):
+                layer._modules[entry] = Lean()
+            parent._modules[child] = layer
+            layers.append(layer)
+    return layers
+
+
+def attach_second(places: list[tuple[str, nn.Module, nn.Linear]], layers: list[nn.Module]) -> None:
+    """Attach another one beside it, frozen."""
+    notes: list[Any] = []
+    for (path, _, base), layer in zip(places, layers, strict=True):
+        if path.rpartition(".")[2] in TARGETS:
+            note(notes, layer)
+            note(notes, base)
+            adapter = new_adapter()
+            for held in adapter._modules.values():
+                held._parameters["weight"].requires_grad = False  # type: ignore[union-attr]
+            layer.__dict__["adapters"]["second"] = adapter
+
+
+def switch(layers: list[nn.Module], name: str) -> None:
+    """Make one of the adapters active and trainable, and freeze the others."""
+    notes: list[Any] = []
+    changed: list[tuple[Tensor, bool]] = []
+    for layer in layers:
+        state = layer.__dict__
+        notes.append((layer, state.get("active")))
+        for known, adapter in state["adapters"].items():
+            trains = known == name
+            for held in adapter._modules.values():
+                for parameter in held._parameters.values():
+                    if parameter.requires_grad is not trains:
+                        changed.append((parameter, not trains))
+                        parameter.requires_grad = trains
+        state["active"] = name
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return microseconds of CPU time a layer, and what the work returned."""
+    gc.collect()
+    gc.disable()
+    start = time.process_time()
+    result = work()
+    taken = time.process_time() - start
+    gc.enable()
+    return taken / LAYERS * 1e6, result
+
+
+def main() -> None:
+    """Print the medians."""
+    figures: dict[str, list[float]] = {}
+    for _ in range(7):
+        by_hand, places = base_model(), base_model()
+        figures.setdefault("floor, attach", []).append(timed(lambda by_hand=by_hand: floor(by_hand))[0])
+        took, layers = timed(lambda places=places: attach(places))
+        figures.setdefault("bound, attach", []).append(took)
+        took, _ = timed(lambda places=places, layers=layers: attach_second(places, layers))
+        figures.setdefault("bound, second", []).append(took)
+        took, _ = timed(lambda layers=layers: switch(layers, "second"))
+        figures.setdefault("bound, set_adapter", []).append(took)
+    for what, taken in figures.items():
+        print(f"{what:20} {statistics.median(taken):6.1f} us")
+
+
+if __name__ == "__main__":
+    main()
