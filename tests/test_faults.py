@@ -23,6 +23,7 @@ import tunerkit_lora
 from tunerkit import BaseTunerLayer, Method, PeftConfig, PeftModel, get_peft_model, hookimpl, plugins, register
 from tunerkit.adapter import Adapter, Part
 from tunerkit.layer import tuner_layers
+from tunerkit.lean import attributes_of
 from tunerkit.testing.bench import Snapshot, move
 from tunerkit.tuner import find_tuner
 from tunerkit_ia3 import IA3Config
@@ -46,12 +47,14 @@ def outside_the_tree(model):
     """Return what `named_modules` does not reach, or holds in dicts: adapters, parts, hooks, configs, modes."""
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for name, value in module.__dict__.items():
+        for name, value in attributes_of(module).items():
             if "hooks" in name:
                 found[path, name] = list(value.items()) if isinstance(value, dict) else value
     for path, layer in tuner_layers(model):
         for name, adapter in getattr(layer, "adapters", {}).items():
-            state = {key: dict(value) if isinstance(value, dict) else value for key, value in adapter.__dict__.items()}
+            state = {
+                key: dict(value) if isinstance(value, dict) else value for key, value in attributes_of(adapter).items()
+            }
             found[path, "adapter", name] = (id(adapter), state)
     tuner = find_tuner(model)
     config = getattr(model if tuner is None else tuner.model, "config", None)
@@ -59,7 +62,7 @@ def outside_the_tree(model):
     if tuner is not None:
         found["biases"] = {**vars(tuner.biases), "kept": [tensor.tolist() for tensor in tuner.biases.kept]}
         found["replication"] = tuner.replication
-        found["parts"] = {name: (id(part), part.__dict__.copy()) for name, part in tuner.parts.items()}
+        found["parts"] = {name: (id(part), attributes_of(part)) for name, part in tuner.parts.items()}
     for holder in (model, tuner, None if tuner is None else tuner.model):
         configs = getattr(holder, "peft_config", None) or {}
         found["configs", type(holder)] = {name: (id(config), config.to_dict()) for name, config in configs.items()}

@@ -70,17 +70,9 @@ def attach(
                 # Undone last, when the adapters are those of before: the entries name those that have buffers unsaved.
                 journal.note(withdraw, module, module._adapters)
             journal.note_module(module)
-        make = functools.partial(
-            create,
-            plan.config,
-            name,
-            target.module,
-            child,
-            parent,
-            target.name,
-            parameter_name=target.parameter_name,
-        )
-        made = adapters[target.name] = make_on_meta(make) if meta else make()
+        asked = plan.config, name, target.module, child, parent, target.name, target.parameter_name
+        made = make_on_meta(functools.partial(create, *asked)) if meta else create(*asked)
+        adapters[target.name] = made
         if isinstance(made, Adapter):
             if target.tied_to is not None:
                 made.tie(adapters[target.tied_to])

@@ -6,9 +6,9 @@ are undone from the last to the first, and the model is object for object what i
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,8 +35,17 @@ class _Open(threading.local):
 
 _OPEN = _Open()
 _CONTAINERS = (dict, set, list)
-_USUAL = frozenset({dict, OrderedDict, set, list})
-"""The types of the containers that modules have, told apart by identity; others are looked at more closely."""
+
+
+class _IsContainer(dict[type, bool]):
+    """Whether values of a type are containers whose content is noted; it is asked of each attribute of each module."""
+
+    def __missing__(self, kind: type) -> bool:
+        found = self[kind] = issubclass(kind, _CONTAINERS) and kind is not EntryView
+        return found
+
+
+_IS_CONTAINER = _IsContainer()
 
 
 class Journal:
@@ -84,13 +93,9 @@ class Journal:
         if id(module) in self._noted:
             return
         state = module.__dict__.copy()
-        contents = []  # of those that hold something: most are empty, of hooks; and views hold nothing themselves
-        for value in state.values():
-            if type(value) in _USUAL:
-                if value:
-                    contents.append((value, value.copy()))
-            elif isinstance(value, _CONTAINERS) and type(value) is not EntryView:
-                contents.append((value, value.copy()))
+        # Of those that hold something: most are empty, of hooks; and views hold nothing themselves.
+        containers = itertools.compress(state.values(), map(_IS_CONTAINER.__getitem__, map(type, state.values())))
+        contents = [(value, value.copy()) for value in containers if value]
         flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
         self._notes.append((_restore_module, (module, state, contents, flags)))
         self._noted.add(id(module))
@@ -125,7 +130,7 @@ def _restore_module(
 ) -> None:
     filled = {id(container) for container, _ in contents}
     for value in state.values():
-        if isinstance(value, _CONTAINERS) and type(value) is not EntryView and id(value) not in filled:
+        if _IS_CONTAINER[type(value)] and id(value) not in filled:
             _refill(value, {})
     for container, content in contents:
         _refill(container, content)

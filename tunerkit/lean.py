@@ -18,6 +18,11 @@ _LATER = {name: type(value) for name, value in _BLANK.items() if isinstance(valu
 _VALUES = [(name, value) for name, value in _BLANK.items() if not isinstance(value, (dict, set))]
 
 
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """Return a module's attributes without the containers for hooks that are empty: a lean module may not have them."""
+    return {name: value for name, value in module.__dict__.items() if name not in _LATER or value}
+
+
 class LeanModule(nn.Module):
     """A module that makes its containers for hooks when they are first asked for."""
 

@@ -7,6 +7,7 @@ is kept, and raised whenever that method is asked for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -23,6 +24,8 @@ from tunerkit.plugins.choice import choose, conflict, is_same, known
 from tunerkit.plugins.discovery import Offer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pluggy
 
     from tunerkit.plugins.method import Method
@@ -55,8 +58,23 @@ class LoadedMethod:
         """The hooks, to be called with keyword arguments."""
         return self.manager.hook
 
+    @functools.cached_property
+    def answers(self) -> SimpleNamespace:
+        """The same, but that a hook which one function answers is that function: a plan asks for every module."""
+        hooks = vars(self.manager.hook).items()
+        return SimpleNamespace(**{name: _alone(hook) for name, hook in hooks if not name.startswith("__")})
+
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return get_method, (self.id,)
+
+
+def _alone(hook: pluggy.HookCaller) -> Callable[..., Any]:
+    """Return what answers a hook, to be called with all of its arguments by name."""
+    implementations = hook.get_hookimpls()
+    if len(implementations) > 1 or implementations[0].wrapper or implementations[0].hookwrapper:
+        return hook
+    function, names = implementations[0].function, implementations[0].argnames
+    return lambda **arguments: function(*[arguments[name] for name in names])
 
 
 @dataclass(frozen=True)

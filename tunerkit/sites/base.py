@@ -274,14 +274,19 @@ class Site:
 
     def empty(self, *shape: int) -> Tensor:
         """Return a new tensor for an adapter at this site: on its device, of its dtype, not initialised."""
-        stored = self.stored
-        dtype = stored.dtype if stored.is_floating_point() else torch.float32
-        if math.prod(shape) * dtype.itemsize > _LARGEST:
+        stored, meta = self.stored, _ON_META.get()
+        dtype = stored.dtype
+        if not dtype.is_floating_point:
+            dtype = torch.float32
+        try:
+            if type(stored) is nn.Parameter and dtype is stored.dtype and not meta:
+                return stored.new_empty(shape)  # the same in half the time
+            return torch.empty(shape, dtype=dtype, device="meta" if meta else stored.device)
+        except RuntimeError as error:
+            if math.prod(shape) * dtype.itemsize <= _LARGEST:
+                raise  # it is merely larger than this machine's memory
             msg = f"A tensor of shape {shape} is larger than any memory. Check the sizes in the config."
-            raise ConfigError(msg)
-        if type(stored) is nn.Parameter and dtype is stored.dtype and not _ON_META.get():
-            return stored.new_empty(shape)  # the same in half the time
-        return torch.empty(shape, dtype=dtype, device="meta" if _ON_META.get() else stored.device)
+            raise ConfigError(msg) from error
 
     def zeros(self, *shape: int) -> Tensor:
         """Return a new tensor of zeros for an adapter at this site."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.layer import tuner_layers
+from tunerkit.lean import attributes_of
 from tunerkit.plugins import get_method
 from tunerkit.testing.models import SAMPLES
 
@@ -259,5 +260,6 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Return a module's own attributes; of containers only what they hold things under."""
     return {
-        name: list(value) if isinstance(value, (dict, list, set)) else value for name, value in module.__dict__.items()
+        name: list(value) if isinstance(value, (dict, list, set)) else value
+        for name, value in attributes_of(module).items()
     }

@@ -102,4 +102,6 @@ def _adapter_class(site: Site, config: LoraConfig) -> type[LowRankAdapter]:
     for adapter in _DORA if config.use_dora else ():
         if site.kind in adapter.kinds:
             return adapter
+    if site.kind in LoraAdapter.kinds:
+        return LoraAdapter
     return next(adapter for adapter in _PLAIN if site.kind in adapter.kinds)

@@ -35,9 +35,10 @@ def starting_factors(site: Site, rank: int, scaling: float, config: LoraConfig) 
         tokens, width = site.weight.shape
         first = site.zeros(rank, tokens) if init else site.normal(rank, tokens)
         return first, site.normal(width, rank)
-    shape = rank, site.in_features * site.groups
+    (outputs, columns), groups = site.weight.shape, site.groups
+    shape = rank, columns * groups
     first = site.normal(*shape, std=1 / rank) if init == "gaussian" else site.kaiming_uniform(*shape)
-    shape = site.out_features, rank // site.groups
+    shape = outputs, rank // groups
     return first, site.zeros(*shape) if init else site.kaiming_uniform(*shape)
 
 
