@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import importlib
 import inspect
 import re
@@ -111,7 +112,8 @@ def sites_in(tree, module, kinds, function=None, path=()):
         kind, message = made_by(node, kinds, function)
         if kind is not None:
             lines = range(node.lineno, node.end_lineno + 1)
-            yield Site(module, ".".join(path), kind, template(message, function, node.lineno), lines)
+            for pattern in templates(message, function, node.lineno):
+                yield Site(module, ".".join(path), kind, pattern, lines)
         yield from sites_in(node, module, kinds, function, path)
 
 
@@ -130,22 +132,49 @@ def made_by(node, kinds, function):
     return None, None
 
 
-def template(message, function, line):
-    """Return a pattern of a message's text: what stands in the source as it is, anything for the rest."""
+def templates(message, function, line):
+    """Return a pattern for each text that a message at a line may have: of all values that its name may stand for."""
     if isinstance(message, ast.Name) and function is not None:
-        values = [
-            node.value
-            for node in ast.walk(function)
-            if isinstance(node, ast.Assign) and node.lineno <= line and ast.unparse(node.targets[0]) == message.id
-        ]
-        message = max(values, key=lambda value: value.lineno, default=message)
+        return sorted({*values_of(message.id, function, line)}) or [".*"]
+    return [template(message)]
+
+
+def template(message):
+    """Return a pattern of a message's text: what stands in the source as it is, anything for the rest."""
     match message:
         case ast.Constant(value=str(text)):
             return re.escape(plain(text))
         case ast.JoinedStr(values=parts):
-            return "".join(template(part, None, line) for part in parts)
+            return "".join(map(template, parts))
         case _:
             return ".*"
+
+
+def values_of(name, function, line):
+    """Yield a pattern for each value that a message's name may have at a line: those given since it was last used."""
+    nodes = [node for node in ast.walk(function) if getattr(node, "lineno", line) < line]
+    uses = [node.lineno for node in nodes if is_use(node) and name in map(last_name, names_in(node))]
+    given = [node for node in nodes if isinstance(node, (ast.Assign, ast.AugAssign)) and name in targets_of(node)]
+    since = [node for node in given if node.lineno > max(uses, default=0)]
+    if not since:
+        since = sorted(given, key=lambda node: node.lineno)[-1:]
+    more = ".*" if any(isinstance(node, ast.AugAssign) for node in since) else ""
+    for node in since:
+        if isinstance(node, ast.Assign):
+            yield template(node.value) + more
+
+
+def is_use(node):
+    return isinstance(node, ast.Raise) or (isinstance(node, ast.Call) and last_name(node.func) == "warn")
+
+
+def names_in(node):
+    return [inner for inner in ast.walk(node) if isinstance(inner, ast.Name)]
+
+
+def targets_of(node):
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [ast.unparse(target) for target in targets]
 
 
 def plain(text):
@@ -168,7 +197,7 @@ class Row:
 
     def __str__(self):
         ticks = "``" if "`" in self.text else "`"
-        pad = " " if ticks == "``" or self.text != self.text.strip() else ""
+        pad = " " if ticks == "``" else ""
         text = f"{ticks}{pad}{self.text}{pad}{ticks}".replace("|", r"\|")
         return f"| {text} | `{self.module}` `{self.function}` | `{self.test}` |"
 
@@ -195,7 +224,9 @@ class Recorder:
     """Notes the messages that tests assert: caught by `pytest.raises` or `pytest.warns`, and then matched or read."""
 
     def __init__(self):
-        self.heard = {}  # (module, line, class, test) -> the first text
+        self.sites = sites()
+        self.heard = defaultdict(set)  # (module, line, class, test) -> texts
+        self.made = []  # in this test
         self.ran = set()
         self.test = None
         self.folder = None
@@ -212,6 +243,7 @@ class Recorder:
         name = item.nodeid.partition("[")[0]
         self.ran.add(name)
         # What hypothesis draws is another example each time.
+        self.made.clear()
         self.test = None if getattr(getattr(item, "obj", None), "is_hypothesis_test", False) else name
         try:
             return (yield)
@@ -221,13 +253,14 @@ class Recorder:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node):
         heard, ran = node.workeroutput["messages"]
-        self.heard |= {tuple(key): text for key, text in heard}
+        self.heard |= {tuple(key): set(texts) for key, texts in heard}
         self.ran |= set(ran)
 
     def pytest_sessionfinish(self, session, exitstatus):
         self.patch.undo()
         if hasattr(session.config, "workeroutput"):
-            session.config.workeroutput["messages"] = [[list(key), text] for key, text in self.heard.items()], [*self.ran]
+            heard = [[list(key), sorted(texts)] for key, texts in self.heard.items()]
+            session.config.workeroutput["messages"] = heard, [*self.ran]
         elif exitstatus == 0:
             before = rows_of(PAGE.read_text(encoding="utf-8")) if PAGE.is_file() else []
             PAGE.write_text(written(self.rows(before)), encoding="utf-8")
@@ -237,7 +270,7 @@ class Recorder:
     def listen(self, patch):
         """Note from now on where messages are made, and which of them are asserted."""
         for base in (TunerkitError, TunerkitWarning):
-            patch.setattr(base, "__init__", remember_place(base), raising=False)
+            patch.setattr(base, "__init__", self.remembering(base), raising=False)
             patch.setattr(base, "__str__", self.heard_when_read(base.__str__), raising=False)
         leave_raises, leave_warns = RaisesExc.__exit__, WarningsChecker.__exit__
 
@@ -256,6 +289,18 @@ class Recorder:
         patch.setattr(RaisesExc, "__exit__", leave_raises_heard)
         patch.setattr(WarningsChecker, "__exit__", leave_warns_heard)
 
+    def remembering(self, base):
+        """Return an `__init__` that notes the module and the line of its caller."""
+
+        def remember(message, *args, **kwargs):
+            super(base, message).__init__(*args, **kwargs)
+            caller = sys._getframe(1)
+            place = (caller.f_globals.get("__name__", ""), caller.f_lineno)
+            # Not the message itself: it would keep alive what its traceback holds.
+            self.made.append((place, type(message).__name__, str(args[0]) if args else ""))
+
+        return remember
+
     def heard_when_read(self, read):
         def text_of(message):
             text = read(message)
@@ -267,64 +312,84 @@ class Recorder:
 
     def hear(self, message, matched):
         """Note a message that a test has caught, at once if it was matched, or else when its text is asked for."""
-        if self.test is None or not hasattr(message, "made_at"):
+        if self.test is None or not isinstance(message, (TunerkitError, TunerkitWarning)):
             return
         if matched is None:
             message.asserted = True
             return
-        key = (*message.made_at, type(message).__name__, self.test)
-        text = self.without_accidents(str(message))
-        if key not in self.heard or len(self.heard[key]) > LONG >= len(text):
-            self.heard[key] = text
+        whole = str(message)
+        for place, kind, text in self.made:
+            # A message may quote another, as that of a method's package does of why it cannot be used.
+            if text in whole:
+                self.heard[(*place, kind, self.test)].add(self.without_accidents(text))
 
     def without_accidents(self, text):
         """Return a message without what differs from run to run: the folder of the tests, addresses."""
-        within = re.escape(str(self.folder)) + r"/[^/'\"\s,;]+|" + re.escape(tempfile.gettempdir()) + r"/tmp\w+"
+        folders = [re.escape(str(folder)) for folder in (self.folder, Path(tempfile.gettempdir()))]
+        within = rf"{folders[0]}/[^/'\"\s,;]+|{folders[1]}/{tempfile.gettempprefix()}\w+"
         text = re.sub(within, "/path/to", text).replace(str(ROOT), "/path/to/tunerkit")
         return plain(re.sub(r"\b0x[0-9a-f]{6,}", "0x...", text))
 
     # What it writes
 
     def rows(self, before):
-        """Return a row for each site that was heard of, and those of before that no test of this run had to show."""
+        """Return a row for each message of each site, and those of before that no test of this run had to show."""
+        heard = [
+            (site, Row(kind, text, module, site.function, test))
+            for (module, line, kind, test), texts in self.heard.items()
+            for site in self.sites
+            if site.module == module and line in site.lines
+            for text in texts
+        ]
+        heard = [(site, row) for site, row in heard if site.makes(row)]
+        kept = [row for row in before if row.test not in self.ran and is_known(row.test)]
+        heard += [(site, row) for row in kept for site in self.sites if site.makes(row)]
         found = defaultdict(list)
-        known = sites()
-        for (module, line, kind, test), text in self.heard.items():
-            for site in known:
-                if site.module == module and line in site.lines and site.kind in (kind, "TunerkitError"):
-                    found[site, kind].append(Row(kind, text, module, site.function, test))
-        for row in before:
-            if row.test not in self.ran and is_there(row.test):
-                for site in known:
-                    if site.makes(row):
-                        found[site, row.kind].append(row)
-        return {min(rows, key=lambda row: (len(row.text) > LONG, row.test)) for rows in found.values()}
+        for site, row in heard:
+            # Where the whole message comes from elsewhere it is one of several.
+            found[site, row.kind, words_of(row.text) if site.pattern == ".*" else ""].append(row)
+        return {min(rows, key=preference) for rows in found.values()}
 
 
-def remember_place(base):
-    """Return an `__init__` that notes the module and the line of its caller."""
+def preference(row):
+    """Sort examples: those of tests that stand where they run, of a length to be read, by their tests' names."""
+    return not is_there(row.test), len(row.text) > LONG, row.test, len(row.text), row.text
 
-    def remember(message, *args, **kwargs):
-        super(base, message).__init__(*args, **kwargs)
-        caller = sys._getframe(1)
-        message.made_at = (caller.f_globals.get("__name__", ""), caller.f_lineno)
 
-    return remember
+def words_of(text):
+    """Return the first words of a message that are no names, paths or numbers."""
+    words = re.sub(r"'[^']*'|`[^`]*`|\([^)]*\)|[^A-Za-z ]", " ", text).split()
+    return " ".join(words[:5])
 
 
 def is_there(reference):
     """Say whether a file defines the test that a reference names, `file::test` or `file::Class::test`."""
     file, *names = reference.split("::")
-    path = ROOT / file
-    if not names or not path.is_file():
-        return False
-    body = ast.parse(path.read_text(encoding="utf-8")).body
+    body = parsed(ROOT / file).body
     for name in names:
         found = [node for node in body if getattr(node, "name", None) == name]
         if not found:
             return False
         body = getattr(found[0], "body", [])
-    return names[-1].startswith("test_")
+    return bool(names) and names[-1].startswith("test_")
+
+
+def is_inherited(reference):
+    """Say whether a class of tests has the test that a reference names from the kit for methods."""
+    file, kind, name = reference.split("::")
+    classes_there = [node for node in parsed(ROOT / file).body if isinstance(node, ast.ClassDef) and node.bases]
+    kit = [parsed(path) for path in (ROOT / "tunerkit" / "testing").glob("*.py")]
+    tests = {node.name for tree in kit for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    return kind in {node.name for node in classes_there} and name in tests
+
+
+def is_known(reference):
+    return is_there(reference) or (reference.count("::") == 2 and is_inherited(reference))
+
+
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
 
 
 def written(rows):
@@ -335,7 +400,10 @@ def written(rows):
         by_kind[row.kind].append(row)
     kinds = classes()
     for name, found in sorted(by_kind.items()):
-        parts += [f"\n## {name}\n", f"\n{described(kinds[name])}\n", "\n| Message | Made in | Read by |\n| --- | --- | --- |\n"]
+        parts += [
+            f"\n## {name}\n\n{described(kinds[name])}\n\n",
+            "| Message | Made in | Read by |\n| --- | --- | --- |\n",
+        ]
         parts += [f"{row}\n" for row in sorted(found, key=order)]
     return "".join(parts)
 
