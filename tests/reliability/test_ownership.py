@@ -276,6 +276,22 @@ class TestFolders:
         case = self.case(name)
         check(case, case.adapters, {wanted.name: wanted.name for wanted in case.adapters})
 
+    def test_a_name_that_is_another_s_folder_where_case_does_not_count(self, tmp_path, monkeypatch):
+        exists = Path.exists
+
+        def exists_in_any_case(path):
+            others = path.parent.iterdir() if exists(path.parent) else ()
+            return exists(path) or path.name.lower() in [other.name.lower() for other in others]
+
+        model = adapted(Case(["a"], [True], [Wanted(called, "lora", ["a"], []) for called in ("a", "A")]))
+        model.save_pretrained(tmp_path / "both")
+        assert {path.name for path in (tmp_path / "both").iterdir()} == {"a", "A", "README.md"}
+        monkeypatch.setattr(Path, "exists", exists_in_any_case)
+        model.save_pretrained(tmp_path / "both")
+        with pytest.raises(CheckpointError, match=r"adapter 'A' would go into the folder '.*a', .* Save it elsewhere"):
+            model.save_pretrained(tmp_path / "one")
+        tunerkit.PeftModel.from_pretrained(self.case("b").base(), tmp_path / "one" / "a", verify=True)
+
     def test_a_name_that_no_folder_has(self, tmp_path):
         with pytest.raises(CheckpointError, match=r"The checkpoint could not be written to .*中"):
             adapted(self.case("中" * 100)).save_pretrained(tmp_path)
