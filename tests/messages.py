@@ -81,6 +81,7 @@ def sources():
     return {module_name(path, package): path for package in PACKAGES for path in sorted(package.rglob("*.py"))}
 
 
+@functools.cache
 def sites():
     """Return all places of the source that make an error or a warning of tunerkit's."""
     trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in sources().items()}
