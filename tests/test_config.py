@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import pickle
 import types
 from dataclasses import dataclass
@@ -294,6 +296,18 @@ class TestFiles:
         (tmp_path / "file").write_text("", encoding="utf-8")
         with pytest.raises(CheckpointError, match="is a file, and a checkpoint is a folder"):
             toy().save_pretrained(tmp_path / "file")
+
+    def test_a_disk_that_refuses(self, toy, tmp_path, monkeypatch):
+        def fail(file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        toy(rank=2).save_pretrained(tmp_path)
+        monkeypatch.setattr(os, "fsync", fail)
+        message = r"could not be written to .*No space left on device.*What was there before is unchanged: free some"
+        with pytest.raises(CheckpointError, match=message):
+            toy(rank=3).save_pretrained(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+        assert PeftConfig.from_pretrained(tmp_path).rank == 2
 
     def test_setting_that_json_cannot_hold(self, tmp_path):
         config = PeftConfig(auto_mapping={"a": object()})

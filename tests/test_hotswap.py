@@ -273,6 +273,16 @@ def test_tensors_that_layers_share_are_not_swapped():
         tunerkit.hotswap_adapter_from_state_dict(model, {}, "default", model.peft_config["default"])
 
 
+def test_an_adapter_whose_method_would_now_put_its_layers_in_by_itself_is_not_swapped(monkeypatch, tmp_path):
+    model = adapted(bare, 1)
+    model.save_pretrained(tmp_path)
+    before = Snapshot.of(model)
+    monkeypatch.setattr(type(model.base_model), "_create_and_replace", lambda *args, **kwargs: nn.Identity())
+    with pytest.raises(AdapterStateError, match="'default' puts its layers in by itself, so it cannot be swapped"):
+        tunerkit.hotswap_adapter(model, tmp_path, "default")
+    assert before.differences(model) == []
+
+
 def test_layers_written_by_hand_are_not_swapped():
     model = adapted(hooks_by_hand, 1)
     with pytest.raises(AdapterStateError, match=r"The layer 'first' .* is a GatedLayer, which cannot be swapped"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from tunerkit import BaseTunerLayer, Method, PeftConfig, get_peft_model, hookimpl, plugins, register
 from tunerkit.adapter import Adapter
-from tunerkit.errors import MergeError, MergeWarning, RouteError, UnknownAdapterError
+from tunerkit.errors import ArgumentError, MergeError, MergeWarning, RouteError, UnknownAdapterError
 from tunerkit.testing.bench import Snapshot, difference, move, same_bits
 from tunerkit_ia3 import IA3Config
 from tunerkit_lora import LoraConfig
@@ -94,7 +94,7 @@ class TestMerge:
     def test_text_for_a_list(self, model):
         for merge in (model.merge_adapter, model.merge_and_unload):
             with pytest.raises(
-                TypeError, match=r"adapter_names is a list of names; it is the text 'one'. Pass \['one'\]."
+                ArgumentError, match=r"adapter_names is a list of names; it is the text 'one'. Pass \['one'\]."
             ):
                 merge(adapter_names="one")
 

@@ -10,7 +10,7 @@ from torch import nn
 from tunerkit import merge
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.biases import Biases
-from tunerkit.errors import AdapterNameError, MergeWarning, UnknownAdapterError
+from tunerkit.errors import AdapterNameError, ArgumentError, MergeWarning, UnknownAdapterError
 from tunerkit.fast_path import set_fast_paths
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, MethodMeta, layers_in, tuner_layers
@@ -332,7 +332,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
         names: object = self.active_adapters if adapter_names is None else adapter_names
         if isinstance(names, str):
             msg = f"adapter_names is a list of names; it is the text {names!r}. Pass [{names!r}]."
-            raise TypeError(msg)
+            raise ArgumentError(msg)
         wanted: list[str] = list(names)  # type: ignore[call-overload]
         self.check_known(wanted)
         self.biases.check_merge(wanted, for_good=for_good)

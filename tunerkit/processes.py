@@ -2,6 +2,9 @@
 
 `DistributedDataParallel` averages the gradients of those parameters that train when it is made. `fully_shard` holds
 parameters as DTensors, of which every process has a part, and knows those that are there when it is called.
+
+What a wrapper does is private to torch. Where a version of torch does not show which wrapper calls, nothing is checked;
+where it does not show which gradients that averages, what trains in the first call stands for it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 _AVERAGED: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
 """The parameters whose gradients each `DistributedDataParallel` averages."""
 
+_SHARDING = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
+"""Where `fully_shard` is: from torch 2.6 on, and before."""
+
 
 def refuse_unaveraged() -> None:
     """Raise if this is a call of a `DistributedDataParallel`, and something trains that did not when it was made.
@@ -35,7 +41,7 @@ def refuse_unaveraged() -> None:
     Raises:
         AdapterStateError: Something trains whose gradients are not averaged, or not the same on all processes.
     """
-    wrapper: Any = DistributedDataParallel._active_ddp_module
+    wrapper: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if wrapper is None or not torch.is_grad_enabled():
         return
     if wrapper not in _AVERAGED:
@@ -55,7 +61,7 @@ def refuse_unaveraged() -> None:
 
 def _averaged(wrapper: Any) -> list[Tensor]:
     """Return the parameters whose gradients are averaged; they have to be the same on all processes."""
-    found = [tensor for bucket in wrapper.reducer._get_zeros_like_grad_buckets() for tensor in bucket.parameters()]
+    found = _in_buckets(wrapper)
     known = {id(tensor) for tensor in found}
     names = [name for name, parameter in wrapper.module.named_parameters() if id(parameter) in known]
     everywhere: list[Any] = [None] * wrapper.process_group.size()
@@ -72,6 +78,15 @@ def _averaged(wrapper: Any) -> list[Tensor]:
     return found
 
 
+def _in_buckets(wrapper: Any) -> list[Tensor]:
+    try:
+        buckets = wrapper.reducer._get_zeros_like_grad_buckets()
+    except AttributeError:
+        named = wrapper.module.named_parameters()
+        return [own for name, own in named if own.requires_grad and name not in wrapper.parameters_to_ignore]
+    return [tensor for bucket in buckets for tensor in bucket.parameters()]
+
+
 def refuse_sharded(model: nn.Module, what: str) -> None:
     """Raise if `fully_shard` was applied to a model, for it shards and trains only what was there then.
 
@@ -82,9 +97,10 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     Raises:
         AdapterStateError: The model is sharded.
     """
-    sharding: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
-    kind = None if sharding is None else getattr(sharding, "FSDPModule", None)
-    if kind is not None and any(isinstance(module, kind) for module in modules_in(model)):
+    # Where none of them is imported nothing is sharded.
+    imported = [sys.modules[name] for name in _SHARDING if name in sys.modules]
+    kinds = tuple(module.FSDPModule for module in imported if hasattr(module, "FSDPModule"))
+    if kinds and any(isinstance(module, kinds) for module in modules_in(model)):
         msg = f"The model is sharded (fully_shard), and {what}. Do that first, then call fully_shard."
         raise AdapterStateError(msg)
 
@@ -102,8 +118,8 @@ def is_sharded(tensor: Tensor) -> bool:
 def copy_into(own: Tensor, value: Tensor) -> None:
     """Copy numbers into a tensor, or into this process's part of it; then all processes have to call this."""
     if is_sharded(own) and not is_sharded(value):
-        from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - half a second for what few need
-
+        # Beside the class, wherever that is: the module was private before torch 2.5.
+        distribute: Any = sys.modules[type(own).__module__].distribute_tensor
         mesh, placements = own.device_mesh, own.placements  # type: ignore[attr-defined]
-        value = distribute_tensor(value.to(device=mesh.device_type, dtype=own.dtype), mesh, placements)
+        value = distribute(value.to(device=mesh.device_type, dtype=own.dtype), mesh, placements)
     own.copy_(value)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.checkpoint.card import Card, write_card
 from tunerkit.checkpoint.files import CARD_NAME, read_checkpoint
+from tunerkit.checkpoint.folder import entries_of
 from tunerkit.config import PeftConfig, TaskType, check_config
 from tunerkit.effect import check_effect
 from tunerkit.errors import AdapterNameError, CardWarning, CheckpointError, ConfigError, PluginError
@@ -131,6 +132,25 @@ def name_or_path(model: nn.Module) -> str | None:
     """Return where a base model says it came from."""
     name = model.__dict__.get("name_or_path", getattr(getattr(model, "config", None), "_name_or_path", None))
     return name or None
+
+
+def own_folder(folder: Path, name: str) -> Path:
+    """Return the folder in which an adapter is saved; that of `default` is the one around those of the others.
+
+    Raises:
+        CheckpointError: It is that of another adapter, on a file system where `a` and `A` are one name.
+    """
+    if name == "default":
+        return folder
+    own, there = folder / name, entries_of(folder)
+    alike = [entry for entry in there if entry.casefold() == name.casefold()]
+    if alike and name not in there and own.exists():
+        msg = (
+            f"The adapter {name!r} would go into the folder '{folder / alike[0]}', for the file system does not tell "
+            "the names apart. Save it elsewhere with selected_adapters, or remove that folder first."
+        )
+        raise CheckpointError(msg)
+    return own
 
 
 def metadata(config: PeftConfig) -> dict[str, str]:

@@ -21,7 +21,7 @@ from tunerkit.names import RESERVED_NAMES
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
 from tunerkit.preparation import add_input_hooks, checkpoints_gradients
-from tunerkit.saved import SavedAdapter, config_to_save, metadata, refuse_offload, write_model_card
+from tunerkit.saved import SavedAdapter, config_to_save, metadata, own_folder, refuse_offload, write_model_card
 from tunerkit.standalone import standalone
 from tunerkit.tuner import BaseTuner
 
@@ -211,7 +211,7 @@ class StoredModel(nn.Module):
                 config, tensors = standalone(self, name, config, tensors, path_initial_model_for_weight_conversion)
             if is_main_process:
                 values = config_to_save(config, self.get_base_model())
-                write_checkpoint(folder if name == "default" else folder / name, values, tensors, metadata(config))
+                write_checkpoint(own_folder(folder, name), values, tensors, metadata(config))
         if is_main_process:
             write_model_card(folder, self.get_base_model(), {name: self.peft_config[name] for name in names})
 

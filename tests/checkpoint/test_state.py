@@ -292,3 +292,13 @@ class Uncopyable:
 
     def to(self, **_):
         raise RuntimeError("on purpose")
+
+
+def test_complex_numbers_are_refused():
+    model = make_model()
+    before = Snapshot.of(model)
+    tensors = {key: tensor.to(torch.complex64) for key, tensor in collect(found_in(model)).items()}
+    message = r"lora_A\.weight holds complex numbers, and the adapter's are torch\.float32: half of each would be lost"
+    with pytest.raises(CheckpointError, match=message):
+        Loading(found_in(model), tensors)
+    assert before.differences(model) == []

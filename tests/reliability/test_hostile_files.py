@@ -162,8 +162,9 @@ class TestTensors:
     @pytest.mark.parametrize("shape", [[0, 2**63], [2**64 - 1, 0]])
     def test_a_size_that_torch_cannot_hold(self, folder, shape):
         (folder / WEIGHTS).write_bytes(framed({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}}))
-        with pytest.raises(CheckpointError, match=r"not a whole safetensors file .*Overflow"):
+        with pytest.raises(CheckpointError, match=r"not a whole safetensors file .*Overflow") as error:
             read_tensors(folder)
+        assert "frame #" not in str(error.value)
         with pytest.raises(CheckpointError, match="no tensor is as large as 'a' is said to be"):
             TensorFile.open(folder / WEIGHTS)
 

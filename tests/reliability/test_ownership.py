@@ -104,8 +104,15 @@ class Case:
 
 
 def meant(entry, paths):
-    """Return the paths that a name in a list means: its own, and those that end with it."""
-    return {path for path in paths if path == entry or path.endswith(f".{entry}")}
+    """Return the layers that a name in a list means: at or below a module whose path is that name or ends with it."""
+    return {path for path in paths if f".{entry}." in f".{path}."}
+
+
+def within_another(entries, paths):
+    """Say whether one module that these names mean stands in another."""
+    modules = {tuple(path.split(".")[:end]) for path in paths for end in range(1, path.count(".") + 2)}
+    found = {module for module in modules for entry in entries if f".{'.'.join(module)}".endswith(f".{entry}")}
+    return any(module[:end] in found for module in found for end in range(1, len(module)))
 
 
 @st.composite
@@ -116,17 +123,22 @@ def cases(draw, names=(*PLAIN, *PARTS), methods=tuple(METHODS)):
     # A layer holds no other, and a name below a layer would be one of the layer's own.
     paths = [path for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
     case = Case(paths, draw(st.lists(st.booleans(), min_size=len(paths), max_size=len(paths))))
-    kept = draw(st.sets(st.sampled_from(paths), max_size=2))
+    entries = sorted(draw(st.sets(st.sampled_from(paths), max_size=2)))
     # What is copied as a whole holds no adapters, so all that its name means is kept free of them.
-    kept = set().union(*(meant(path, paths) for path in kept))
+    kept = set().union(*(meant(entry, paths) for entry in entries))
     free = [path for path in paths if path not in kept]
     if not free:
-        free, kept = paths, set()
+        free, kept, entries = paths, set(), []
+    # Of two modules, one in the other, no two adapters can copy one each.
+    together = within_another(kept, paths)
     called = draw(st.lists(st.sampled_from([*PLAIN, *PARTS]), min_size=1, max_size=4, unique=True))
     biases = True  # only one adapter at a time trains them
     for name in called:
         targets = draw(st.lists(st.sampled_from(free), min_size=1, max_size=3, unique=True))
-        wholes = draw(st.lists(st.sampled_from(sorted(kept)), max_size=2, unique=True)) if kept else []
+        if together:
+            wholes = draw(st.sampled_from([[], entries]))
+        else:
+            wholes = draw(st.lists(st.sampled_from(sorted(kept)), max_size=2, unique=True)) if kept else []
         wanted = Wanted(name, draw(st.sampled_from(methods)), targets, wholes)
         if biases and wanted.method in ("lora", "dora") and any(case.biased[paths.index(path)] for path in targets):
             wanted.bias = draw(st.sampled_from(["none", "lora_only", "all"]))
@@ -263,6 +275,22 @@ class TestFolders:
     def test_a_name_that_is_a_folder_s(self, name):
         case = self.case(name)
         check(case, case.adapters, {wanted.name: wanted.name for wanted in case.adapters})
+
+    def test_a_name_that_is_another_s_folder_where_case_does_not_count(self, tmp_path, monkeypatch):
+        exists = Path.exists
+
+        def exists_in_any_case(path):
+            others = path.parent.iterdir() if exists(path.parent) else ()
+            return exists(path) or path.name.lower() in [other.name.lower() for other in others]
+
+        model = adapted(Case(["a"], [True], [Wanted(called, "lora", ["a"], []) for called in ("a", "A")]))
+        model.save_pretrained(tmp_path / "both")
+        assert {path.name for path in (tmp_path / "both").iterdir()} == {"a", "A", "README.md"}
+        monkeypatch.setattr(Path, "exists", exists_in_any_case)
+        model.save_pretrained(tmp_path / "both")
+        with pytest.raises(CheckpointError, match=r"adapter 'A' would go into the folder '.*a', .* Save it elsewhere"):
+            model.save_pretrained(tmp_path / "one")
+        tunerkit.PeftModel.from_pretrained(self.case("b").base(), tmp_path / "one" / "a", verify=True)
 
     def test_a_name_that_no_folder_has(self, tmp_path):
         with pytest.raises(CheckpointError, match=r"The checkpoint could not be written to .*中"):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tunerkit import sites
+from tunerkit.errors import ConfigError
 from tunerkit.sites import (
     Bound,
     EmbeddingSite,
@@ -211,6 +212,11 @@ class TestNewTensors:
         assert tensor.is_meta
         assert tensor.dtype is dtype
         assert not getattr(site, word)(2, 5).is_meta
+
+    def test_larger_than_any_memory(self):
+        site = LinearSite(nn.Linear(5, 4))
+        with pytest.raises(ConfigError, match=rf"shape \({2**62}, 5\) is larger than any memory\. Check the sizes in"):
+            site.empty(2**62, 5)
 
     def test_values(self):
         site = LinearSite(nn.Linear(5, 4))

@@ -90,8 +90,9 @@ def broken(path: Path, reason: object) -> str:
             f"'{path}' ({size} bytes) is a pickle under another name, and loading a pickle can run any code, so it is "
             "not read. If you trust it, convert it once: load it where it was made and save it as safetensors."
         )
+    why = str(reason).partition("\n")[0]  # torch adds a trace of its own
     return what_it_is(path, head, size) or (
-        f"'{path}' ({size} bytes) is not a whole safetensors file ({reason}). Most likely a download or a copy was cut "
+        f"'{path}' ({size} bytes) is not a whole safetensors file ({why}). Most likely a download or a copy was cut "
         "short: fetch or save the checkpoint again."
     )
 

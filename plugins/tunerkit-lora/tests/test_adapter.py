@@ -8,7 +8,7 @@ from torch import nn
 
 from tunerkit import cast_adapter_dtype, get_peft_model
 from tunerkit.adapter import AdditiveAdapter
-from tunerkit.errors import UnsupportedSiteError
+from tunerkit.errors import MergeError, UnsupportedSiteError
 from tunerkit.sites import ConvolutionSite, LinearSite
 from tunerkit_lora import AnchoredLora, LoraAdapter, LoraConfig, LoraConvolution, LoraLayer, LoraModel
 
@@ -184,6 +184,11 @@ class TestSettingsName:
         assert LoraConvolution(site, LoraConfig(r=8, rank_pattern={"outer": 3})).r == 3
         with pytest.raises(UnsupportedSiteError, match=r"the rank there, 4, is .* rank_pattern=\{'outer': 3\}"):
             LoraConvolution(site, LoraConfig(r=3, rank_pattern={"outer": 4}))
+
+    def test_a_convolution_with_groups_adds_no_weight(self):
+        site = self.Convolution(nn.Conv1d(4, 4, 3, groups=2), "outer.inner")
+        with pytest.raises(MergeError, match=r"'outer\.inner' adds nothing that fits its weight: .*groups"):
+            LoraConvolution(site, LoraConfig(r=2)).delta(site)
 
     def test_a_start_with_the_scale_in_it(self):
         layer = nn.Linear(6, 5)

@@ -8,7 +8,7 @@ import torch
 from torch import distributed, nn
 
 import tunerkit
-from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, ConfigError
+from tunerkit.errors import AdapterStateError, AdapterWarning, ArgumentError, CheckpointError, ConfigError
 from tunerkit.testing.parity import assert_close, run
 from tunerkit_lora import EvaConfig, LoraConfig, get_eva_state_dict, initialize_lora_eva_weights
 from tunerkit_lora.inits import pca
@@ -419,10 +419,20 @@ def test_functions_for_layers_that_are_not_looked_at(base):
 
 
 def test_batches_that_are_no_dicts(base):
-    with pytest.raises(TypeError, match="The batch is a list, and prepare_model_inputs_fn_language_modeling needs a"):
+    with pytest.raises(ArgumentError, match="The batch is a list, and prepare_model_inputs_fn_language_modeling needs"):
         get_eva_state_dict(base, [[torch.ones(2, 3)]], eva(), show_progress_bar=False)
-    with pytest.raises(TypeError, match="The layer 'x' is called with a str first, not with a tensor"):
+    with pytest.raises(ArgumentError, match="The layer 'x' is called with a str first, not with a tensor"):
         prepare_layer_inputs_fn_language_modeling("text", torch.zeros(1, 2), "x")
+
+
+def test_batches_without_text(base):
+    batch = {"pixels": torch.ones(2, 3), "labels": torch.ones(2)}
+    message = (
+        r"The batch has 'pixels', 'labels', and prepare_model_inputs_fn_language_modeling needs input_ids or "
+        r"attention_mask\. Pass another prepare_model_inputs_fn, or None\."
+    )
+    with pytest.raises(ArgumentError, match=message):
+        get_eva_state_dict(base, [batch], eva(), show_progress_bar=False)
 
 
 def test_state_dicts_that_do_not_fit(base):

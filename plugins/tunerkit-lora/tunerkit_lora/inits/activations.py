@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from tunerkit import PeftModel
-from tunerkit.errors import ConfigError
+from tunerkit.errors import ArgumentError, ConfigError
 from tunerkit.naming import listing
 from tunerkit_lora.inits.pca import no_rows
 
@@ -36,23 +36,32 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Lor
     """Return the places of a batch of text that count: not padded, and if the config says so not without a label.
 
     Args:
-        model_input: A dict with `input_ids`, batch x tokens, and perhaps `attention_mask` and `labels`.
+        model_input: A dict with `input_ids` or `attention_mask`, batch x tokens, and perhaps `labels`.
         peft_config: The settings; those of `eva_config` count.
 
     Returns:
         The indices, places x 2.
 
     Raises:
-        TypeError: The batch is no dict.
+        ArgumentError: The batch is no dict, or has neither.
     """
     if not isinstance(model_input, Mapping):
         msg = (
             f"The batch is a {type(model_input).__name__}, and prepare_model_inputs_fn_language_modeling needs a dict "
             "with input_ids. Pass another prepare_model_inputs_fn, or None."
         )
-        raise TypeError(msg)
+        raise ArgumentError(msg)
     mask: Tensor | None = model_input.get("attention_mask")
-    mask = torch.ones_like(model_input["input_ids"]).bool() if mask is None else mask.bool()
+    words: Tensor | None = model_input.get("input_ids")
+    if mask is None:
+        if words is None:
+            msg = (
+                f"The batch has {listing(list(model_input))}, and prepare_model_inputs_fn_language_modeling needs "
+                "input_ids or attention_mask. Pass another prepare_model_inputs_fn, or None."
+            )
+            raise ArgumentError(msg)
+        mask = torch.ones_like(words)
+    mask = mask.bool()
     settings: EvaConfig | None = peft_config.eva_config  # type: ignore[assignment]
     if settings is not None and settings.use_label_mask and "labels" in model_input:
         mask = mask & (model_input["labels"] != settings.label_mask_value)
@@ -83,7 +92,7 @@ def _first_tensor(layer_input: Any, layer_name: str) -> Tensor:
             f"The layer {layer_name!r} is called with a {type(found).__name__} first, not with a tensor. Pass a "
             "prepare_layer_inputs_fn that makes rows x features of it."
         )
-        raise TypeError(msg)
+        raise ArgumentError(msg)
     return found
 
 
