@@ -267,6 +267,19 @@ class TestHooks:
         assert plugins.get_method("foo").hook._check_target_module_exists(**ask) is None
         assert plugins.get_method("bar").hook._check_target_module_exists(**ask) == ["core", "q"]
 
+    def test_a_hook_that_one_function_answers_is_called_directly(self, environment):
+        environment.install("tunerkit-foo", after="\n@hookimpl\ndef _check_target_module_exists(key):\n    return key\n")
+        environment.install("tunerkit-bar", after=WRAPPER)
+        foo, bar = plugins.get_method("foo"), plugins.get_method("bar")
+        ask = {"peft_config": None, "key": "q"}
+        for method in (foo, bar):
+            answer = method.answers._check_target_module_exists(**ask)
+            assert answer == method.hook._check_target_module_exists(**ask)
+        assert foo.answers._check_target_module_exists is not foo.hook._check_target_module_exists
+        ask = {"peft_config": 1, "model_config": {}}
+        assert bar.answers._prepare_adapter_config(**ask) == bar.hook._prepare_adapter_config(**ask)
+        assert bar.answers._prepare_adapter_config is bar.hook._prepare_adapter_config
+
     def test_a_wrapper_of_the_plugin_gets_the_default(self, environment):
         environment.install("tunerkit-foo", after=WRAPPER)
         hook = plugins.get_method("foo").hook
