@@ -268,7 +268,8 @@ class TestHooks:
         assert plugins.get_method("bar").hook._check_target_module_exists(**ask) == ["core", "q"]
 
     def test_a_hook_that_one_function_answers_is_called_directly(self, environment):
-        environment.install("tunerkit-foo", after="\n@hookimpl\ndef _check_target_module_exists(key):\n    return key\n")
+        hook = "\n@hookimpl\ndef _check_target_module_exists(key):\n    return key\n"
+        environment.install("tunerkit-foo", after=hook)
         environment.install("tunerkit-bar", after=WRAPPER)
         foo, bar = plugins.get_method("foo"), plugins.get_method("bar")
         ask = {"peft_config": None, "key": "q"}
