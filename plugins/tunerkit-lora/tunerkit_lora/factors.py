@@ -35,10 +35,10 @@ def starting_factors(site: Site, rank: int, scaling: float, config: LoraConfig) 
         tokens, width = site.weight.shape
         first = site.zeros(rank, tokens) if init else site.normal(rank, tokens)
         return first, site.normal(width, rank)
-    (outputs, columns), groups = site.weight.shape, site.groups
-    shape = rank, columns * groups
+    groups = site.groups
+    shape = rank, site.in_features * groups
     first = site.normal(*shape, std=1 / rank) if init == "gaussian" else site.kaiming_uniform(*shape)
-    shape = outputs, rank // groups
+    shape = site.out_features, rank // groups
     return first, site.zeros(*shape) if init else site.kaiming_uniform(*shape)
 
 
