@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tunerkit.checkpoint.encoding import bytes_of
 from tunerkit.errors import CheckpointError
 from tunerkit.offline import writing
 from tunerkit.offline.tensor_file import TensorFile
-from tunerkit.offline.writing import TensorWriter, bytes_of, new_folder
+from tunerkit.offline.writing import TensorWriter, new_folder
 
 TENSORS = {
     "one": torch.randn(3, 5),
