@@ -201,9 +201,9 @@ def _remove_stale(folder: Path) -> None:
         for entry in sorted(folder.iterdir(), reverse=True):  # "adapter_model..." before "adapter_config..."
             if match := TEMPORARY.fullmatch(entry.name):
                 saves[match[1]].append(entry)
-        current = saved_id(folder)
         for save_id, entries in saves.items():
             with contextlib.suppress(OSError):
-                if save_id != current and all(now - entry.stat().st_mtime > _STALE_AFTER for entry in entries):
+                old = all(now - entry.stat().st_mtime > _STALE_AFTER for entry in entries)
+                if old and save_id != saved_id(folder):
                     for entry in entries:
                         entry.unlink()
