@@ -33,6 +33,11 @@ def test_what_safetensors_writes_and_reads(tmp_path):
     assert TensorFile.open(tmp_path / "b").metadata == {"ü": '"x"'}
 
 
+@pytest.mark.parametrize("key", TENSORS)
+def test_bytes_are_counted_by_their_length(key):
+    assert len(bytes_of(TENSORS[key])) == TENSORS[key].nbytes
+
+
 class TestNewFolder:
     def test_it_is_there_only_when_it_is_whole(self, tmp_path):
         out = tmp_path / "a" / "b"

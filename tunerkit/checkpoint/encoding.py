@@ -123,7 +123,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     if plain.dtype in _UNKNOWN_TO_NUMPY:
         plain = plain.view(_OF_SIZE[plain.itemsize])
     numbers = plain.numpy(force=True)
-    held: memoryview = (numbers.byteswap() if sys.byteorder == "big" else numbers).data
+    ordered = numbers.byteswap() if sys.byteorder == "big" else numbers
+    held: memoryview = ordered.reshape(-1).view("u1").data
     return held
 
 
