@@ -77,6 +77,8 @@ def embeddings_to_load(model: nn.Module, name: str, prefix: str) -> list[Piece]:
         AdapterStateError: Adapters are merged into an embedding.
     """
     embeddings = [bare(layer) for layer in _embeddings(model)]
+    if not embeddings:
+        return []
     found: list[Piece] = []
     for path, module, place in base_modules(model, name):
         if any(module is embedding for embedding in embeddings):
@@ -87,7 +89,7 @@ def embeddings_to_load(model: nn.Module, name: str, prefix: str) -> list[Piece]:
 
 def check_writable(model: nn.Module, pieces: list[Piece]) -> None:
     """Raise `AdapterStateError` if adapters are merged into the modules whose tensors are to be loaded."""
-    for path, layer in tuner_layers(model):
+    for path, layer in tuner_layers(model) if pieces else ():
         if layer.merged and any(layer.get_base_layer() is piece.holder for piece in pieces):
             msg = (
                 f"The checkpoint holds the weight of {path!r}, into which {listing(layer.merged_adapters)} is merged. "

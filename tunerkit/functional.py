@@ -259,7 +259,7 @@ def load_peft_weights(
 
 def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
     """Return tensors under other keys: the first pattern that matches changes a key's part below the base model."""
-    return {_renamed(key, key_mapping or {}): tensor for key, tensor in tensors.items()}
+    return {_renamed(key, key_mapping) if key_mapping else key: tensor for key, tensor in tensors.items()}
 
 
 def _renamed(key: str, mapping: Mapping[str, str]) -> str:

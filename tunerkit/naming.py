@@ -59,6 +59,8 @@ def peft_type_name(method: str) -> str:
 
 def uncompiled(path: str) -> str:
     """Return the path of a module, or a tensor's key, as it is where nothing is compiled."""
+    if COMPILED not in path:  # in no part of it: most models are not compiled, and a long one has many keys
+        return path
     return ".".join(part for part in path.split(".") if part != COMPILED)
 
 

@@ -16,8 +16,7 @@ from tunerkit.errors import AdapterNameError, UnknownAdapterError
 from tunerkit.functional import get_peft_model_state_dict
 from tunerkit.journal import Journal
 from tunerkit.keywords import check_loading, check_saving
-from tunerkit.modules import modules_in
-from tunerkit.names import RESERVED_NAMES
+from tunerkit.names import RESERVED_NAMES, EntryModule
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
 from tunerkit.preparation import add_input_hooks, checkpoints_gradients
@@ -354,10 +353,17 @@ class StoredModel(nn.Module):
 
     def _evaluate(self, journal: Journal) -> None:
         """Set the model to evaluation, noting first which of its modules and adapters were in training mode."""
-        adapters = (layer.adapters for layer in self.base_model.layers() if isinstance(layer, AdaptedLayer))
-        beside: list[nn.Module] = [one for held in adapters for one in held.values()]
-        beside += [module for part in self.base_model.parts.values() for module in modules_in(part)]
-        training = [module for module in (*modules_in(self), *beside) if module.training]
+        training = [module for module in self._with_adapters() if module.training]
         if training:
             journal.note_training(training)
             self.eval()
+
+    def _with_adapters(self) -> list[nn.Module]:
+        """Return all modules, and the adapters and parts, which stand outside the module tree."""
+        found: list[nn.Module] = [self, *self.base_model.parts.values()]
+        for one in found:  # which grows meanwhile
+            if isinstance(one, AdaptedLayer):
+                found += one.adapters.values()
+            if type(one) is not EntryModule:  # which only shows what the adapters hold
+                found += [child for child in one._modules.values() if child is not None]
+        return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from suite.libraries import Side
+    from suite.libraries import Library, Side
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -32,6 +32,8 @@ def probe(what: str, side: Side, **settings: Any) -> float:
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     command = (sys.executable, "-m", "suite.probes", what, side, json.dumps(settings))
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    # What is installed has its bytecode; a working tree without it would be compiled anew in every process.
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -60,13 +62,22 @@ def peak() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * KIB
 
 
+def ready(side: Side) -> Library:
+    """Return a side that has attached an adapter once, for what it imports only then is no part of the work."""
+    from suite.libraries import library  # noqa: PLC0415 - the process imports what it measures, in its order
+    from suite.models import stack  # noqa: PLC0415 - the same
+
+    used = library(side)
+    used.attach(stack(16, 1))
+    return used
+
+
 def measure_train(side: Side, width: int, depth: int, folder: str) -> float:
     """Return the peak of attaching and one step of training."""
     del folder
-    from suite.libraries import library  # noqa: PLC0415 - the process imports what it measures, in its order
     from suite.models import inputs, stack  # noqa: PLC0415 - the same
 
-    used = library(side)
+    used = ready(side)
 
     def work() -> None:
         model = used.attach(stack(width, depth))
@@ -78,20 +89,18 @@ def measure_train(side: Side, width: int, depth: int, folder: str) -> float:
 
 def measure_load(side: Side, width: int, depth: int, folder: str) -> float:
     """Return the peak of making a base model and loading an adapter into it."""
-    from suite.libraries import library  # noqa: PLC0415 - the same
     from suite.models import stack  # noqa: PLC0415 - the same
 
-    used = library(side)
+    used = ready(side)
     return above(lambda: used.from_pretrained(stack(width, depth), Path(folder)))
 
 
 def measure_merge(side: Side, width: int, depth: int, folder: str) -> float:
     """Return the peak of attaching and merging."""
     del folder
-    from suite.libraries import library  # noqa: PLC0415 - the same
     from suite.models import stack  # noqa: PLC0415 - the same
 
-    used = library(side)
+    used = ready(side)
     return above(lambda: used.attach(stack(width, depth)).merge_adapter())
 
 
@@ -108,10 +117,9 @@ def measure_given_up(side: Side, width: int, depth: int, folder: str) -> float:
 def measure_unload(side: Side, width: int, depth: int, folder: str) -> float:
     """Return the peak of attaching and merging for good."""
     del folder
-    from suite.libraries import library  # noqa: PLC0415 - the same
     from suite.models import stack  # noqa: PLC0415 - the same
 
-    used = library(side)
+    used = ready(side)
     return above(lambda: used.attach(stack(width, depth)).merge_and_unload())
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tunerkit.checkpoint.encoding import bytes_of
 from tunerkit.errors import CheckpointError
 from tunerkit.offline import writing
 from tunerkit.offline.tensor_file import TensorFile
-from tunerkit.offline.writing import TensorWriter, bytes_of, new_folder
+from tunerkit.offline.writing import TensorWriter, new_folder
 
 TENSORS = {
     "one": torch.randn(3, 5),
@@ -30,6 +31,11 @@ def test_what_safetensors_writes_and_reads(tmp_path):
     assert all(torch.equal(again[key], value) for key, value in TENSORS.items())
     assert again.keys() == TENSORS.keys()
     assert TensorFile.open(tmp_path / "b").metadata == {"ü": '"x"'}
+
+
+@pytest.mark.parametrize("key", TENSORS)
+def test_bytes_are_counted_by_their_length(key):
+    assert len(bytes_of(TENSORS[key])) == TENSORS[key].nbytes
 
 
 class TestNewFolder:

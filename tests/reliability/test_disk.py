@@ -16,6 +16,7 @@ import pytest
 import torch
 from disk_faults import Faults, Killed, fail_everywhere
 
+from tunerkit.checkpoint.encoding import bytes_of
 from tunerkit.checkpoint.files import read_checkpoint
 from tunerkit.checkpoint.writing import write_checkpoint
 from tunerkit.errors import CheckpointError
@@ -160,7 +161,7 @@ class TestMergedFolder:
     def write(self, out, number):
         with new_folder(out) as work:
             writer = TensorWriter(work / "model.safetensors", {"a": Entry("F32", (2,), 0, 8)}, {})
-            writer.write("a", [writing.bytes_of(torch.full((2,), float(number)))])
+            writer.write("a", [bytes_of(torch.full((2,), float(number)))])
             writer.finish()
             write_file(work / "tokenizer.json", str(number).encode())
             write_file(work / "config.json", json.dumps({"number": number}).encode())

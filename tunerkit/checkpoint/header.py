@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from functools import partial
@@ -13,6 +14,7 @@ from tunerkit.errors import CheckpointError
 from tunerkit.naming import listing
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 HEADER_SIZE = 8
@@ -20,6 +22,11 @@ HEADER_SIZE = 8
 
 METADATA = "__metadata__"
 """The key of a header that is no tensor's: text that stands beside them."""
+
+_ALIGNMENT = 8
+"""Readers that map the file want its tensors to begin at a multiple of this."""
+
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 _LFS_POINTER = b"version https://git-lfs"
 _ZIP = b"PK\x03\x04"
@@ -29,6 +36,37 @@ _PICKLE = re.compile(rb"\x80[\x02-\x05].(?!\0\0\0\0\0)", re.DOTALL)
 """How a pickle begins, by the number of its protocol; with only zeros behind it is the length of a header."""
 
 _LARGEST = 2**63 - 1
+
+
+def make_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Return what stands before the tensors of a file, and where each of them begins in it, in the order of the bytes.
+
+    Those of wide dtypes come first, so that each is aligned to its own; otherwise they are in the order given.
+
+    Args:
+        tensors: Of each its key, its dtype as safetensors spells it, its shape and the number of its bytes.
+        metadata: The text beside them.
+    """
+    # Put together by hand: `json.dumps` of it all takes as long as writing what it describes.
+    items = [f"{_JSON(METADATA)}:{_JSON(dict(metadata))}"] if metadata else []
+    offsets: dict[str, int] = {}
+    end = 0
+    for key, dtype, shape, size in sorted(tensors, key=_width, reverse=True):
+        offsets[key], end = end, end + size
+        sizes = ",".join(map(str, shape))
+        items.append(f'{_JSON(key)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{offsets[key]},{end}]}}')
+    text = f"{{{','.join(items)}}}".encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    header = len(text).to_bytes(HEADER_SIZE, "little") + text
+    return header, {key: len(header) + offset for key, offset in offsets.items()}
+
+
+def _width(tensor: tuple[str, str, tuple[int, ...], int]) -> int:
+    """Return how many bytes one number of a tensor takes."""
+    _, _, shape, size = tensor
+    return size // max(1, math.prod(shape))
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:

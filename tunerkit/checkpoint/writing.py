@@ -15,7 +15,7 @@ import uuid
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from tunerkit.checkpoint.encoding import config_text, tensor_bytes
+from tunerkit.checkpoint.encoding import config_text, encode_tensors
 from tunerkit.checkpoint.files import (
     CONFIG_NAME,
     SAVE_ID_KEY,
@@ -63,16 +63,16 @@ def write_checkpoint(
     path = as_path(folder)
     save_id = uuid.uuid4().hex
     text = config_text(config)
-    data = tensor_bytes(tensors, {**metadata, "format": "pt", SAVE_ID_KEY: save_id})
+    content = encode_tensors(tensors, {**metadata, "format": "pt", SAVE_ID_KEY: save_id})
     new_weights, new_config = (path / temporary(name, save_id) for name in (WEIGHTS_NAME, CONFIG_NAME))
     made: list[Path] = []
     try:
         _check_target(path)
         made += [parent for parent in (path, *path.parents) if not parent.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        _write(new_weights, data)
+        _write(new_weights, content)
         # After the tensors, so that the config is always the younger: see `_remove_stale`.
-        _write(new_config, text.encode())
+        _write(new_config, [text.encode()])
         sync_folders([path, *(parent.parent for parent in made)])
         # Another save may have been cut just before its second rename: once its tensors are gone, nobody would know.
         finish_save(path)
@@ -108,7 +108,7 @@ def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> N
         made += [parent for parent in (path, *path.parents) if not parent.exists()]
         path.mkdir(parents=True, exist_ok=True)
         new_config = path / temporary(CONFIG_NAME, save_id)
-        _write(new_config, text.encode())
+        _write(new_config, [text.encode()])
         # A config that a cut save still has to put in place must not come over this one later.
         finish_save(path)
         new_config.replace(path / CONFIG_NAME)
@@ -130,9 +130,10 @@ def _check_target(path: Path) -> None:
             raise CheckpointError(msg)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     with path.open("xb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 
@@ -200,9 +201,9 @@ def _remove_stale(folder: Path) -> None:
         for entry in sorted(folder.iterdir(), reverse=True):  # "adapter_model..." before "adapter_config..."
             if match := TEMPORARY.fullmatch(entry.name):
                 saves[match[1]].append(entry)
-        current = saved_id(folder)
         for save_id, entries in saves.items():
             with contextlib.suppress(OSError):
-                if save_id != current and all(now - entry.stat().st_mtime > _STALE_AFTER for entry in entries):
+                old = all(now - entry.stat().st_mtime > _STALE_AFTER for entry in entries)
+                if old and save_id != saved_id(folder):
                     for entry in entries:
                         entry.unlink()

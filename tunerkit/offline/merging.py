@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunerkit.checkpoint.encoding import bytes_of
 from tunerkit.checkpoint.folder import check_folder
 from tunerkit.errors import CheckpointError, LoadWarning, MergeError
 from tunerkit.folding import split_rows
@@ -22,7 +23,7 @@ from tunerkit.offline.keys import owners_of
 from tunerkit.offline.model_folder import INDEX, MODEL_CONFIG, ModelFolder
 from tunerkit.offline.skeleton import open_skeleton
 from tunerkit.offline.tensor_file import DTYPES
-from tunerkit.offline.writing import TensorWriter, bytes_of, check_out, new_folder, write_file
+from tunerkit.offline.writing import TensorWriter, check_out, new_folder, write_file
 from tunerkit.plugins import get_method
 from tunerkit.replication import wanted_ranges
 from tunerkit.saved import SavedAdapter

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import shutil
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from tunerkit.checkpoint.header import HEADER_SIZE, METADATA
+from tunerkit.checkpoint.header import make_header
 from tunerkit.checkpoint.writing import sync_folders
 from tunerkit.errors import CheckpointError
 
@@ -21,9 +18,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tunerkit.offline.tensor_file import Entry
-
-_ALIGNMENT = 8
-"""Readers that map the file want its tensors to begin at a multiple of this."""
 
 _HERE, _EXCHANGE = -100, 2
 """Linux' `AT_FDCWD` and `RENAME_EXCHANGE`."""
@@ -36,50 +30,31 @@ class TensorWriter:
 
     Args:
         path: Where; not there yet.
-        entries: What will be written, by key: dtype, shape and size of each. Where they begin is decided here: those
-            of wide dtypes come first, so that each is aligned to its own.
+        entries: What will be written, by key: dtype, shape and size of each. Where they begin is decided here; see
+            `make_header`.
         metadata: The text beside them.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
         self.path = path
-        header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
-        offset = 0
-        for key, entry in sorted(entries.items(), key=lambda item: -(item[1].size // max(1, item[1].count))):
-            header[key] = {
-                "dtype": entry.dtype,
-                "shape": list(entry.shape),
-                "data_offsets": [offset, offset + entry.size],
-            }
-            offset += entry.size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
-        start = HEADER_SIZE + len(text)
-        self.starts = {key: start + header[key]["data_offsets"][0] for key in entries}
-        self.size = start + offset
+        described = ((key, entry.dtype, entry.shape, entry.size) for key, entry in entries.items())
+        header, self.starts = make_header(described, metadata)
+        self.size = len(header) + sum(entry.size for entry in entries.values())
         with path.open("xb") as file:
-            file.write(len(text).to_bytes(HEADER_SIZE, "little") + text)
+            file.write(header)
             file.truncate(self.size)
 
     def write(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write the bytes of one tensor."""
-        with self.path.open("r+b", buffering=0) as file:
+        with self.path.open("r+b") as file:
             file.seek(self.starts[key])
             for chunk in chunks:
-                view = memoryview(chunk)
-                while view:
-                    view = view[file.write(view) :]
+                file.write(chunk)
 
     def finish(self) -> None:
         """See to it that all that was written is on the disk."""
         with self.path.open("r+b") as file:
             os.fsync(file.fileno())
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor without copying them, if it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().data
 
 
 def write_file(path: Path, data: bytes) -> None:

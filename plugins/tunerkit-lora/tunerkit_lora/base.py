@@ -137,7 +137,8 @@ class LowRankAdapter(AdditiveAdapter):
     @property
     def room(self) -> int:
         """The rank that the factors have room for: `r`, or more while they are filled up with zeros."""
-        return len(self.factors[0])
+        first: Tensor = operator.attrgetter(self.factor_keys[0])(self)
+        return first.shape[0]
 
     def resize(self, first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Return the factors filled up with zeros, or cut, to a rank."""
