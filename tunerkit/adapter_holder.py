@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import AdapterStateError
 from tunerkit.layer import BaseTunerLayer, cast_up, is_layer
-from tunerkit.modules import begin, frozen_keys, parameters_in, set_trains, tensors_in
+from tunerkit.modules import begin, frozen_keys, parameters_in, set_trains, state_of, tensors_in
 from tunerkit.names import expose, withdraw
 from tunerkit.naming import listing
 
@@ -134,7 +134,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """Return an adapter's own tensors (parameters and persistent buffers) by their key below the layer."""
         adapter = self._adapters.get(name)
-        return {} if adapter is None else adapter.state_dict(keep_vars=True)
+        return {} if adapter is None else state_of(adapter)
 
     def cast_up(self, name: str) -> None:
         """Make an adapter's tensors float32 where they are of lower precision, in place."""

@@ -76,6 +76,39 @@ def tensors_in(module: nn.Module) -> list[Tensor]:
     return found
 
 
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return what `module.state_dict(keep_vars=True)` does; a module that has its own way to it is asked for that."""
+    found: dict[str, Tensor] = {}
+    return found if _collect(module, "", found) else module.state_dict(keep_vars=True)
+
+
+def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> bool:
+    """Add the tensors of a module and of those below it by key; return whether that is all that torch would do."""
+    kind, state = type(module), module.__dict__
+    if state.get("_state_dict_hooks") or state.get("_state_dict_pre_hooks") or not _PLAIN[kind]:
+        return False
+    for name, parameter in state["_parameters"].items():
+        if parameter is not None:
+            found[prefix + name] = parameter
+    for name, buffer in state["_buffers"].items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            found[prefix + name] = buffer
+    children = state["_modules"].items()
+    return all(child is None or _collect(child, f"{prefix}{name}.", found) for name, child in children)
+
+
+class _Plain(dict[type, bool]):
+    """Whether a type of modules leaves it to torch how its state is told."""
+
+    def __missing__(self, kind: type) -> bool:
+        words = "state_dict", "_save_to_state_dict", "get_extra_state"
+        found = self[kind] = all(getattr(kind, word) is getattr(nn.Module, word) for word in words)
+        return found
+
+
+_PLAIN = _Plain()
+
+
 def set_trains(tensors: Iterable[Tensor], changed: list[Flag], *, trains: bool) -> None:
     """Say whether tensors train; each that did not, or did, goes into a list first, with what it was."""
     for tensor in tensors:
