@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from tunerkit import folding, get_base_model_state_dict, get_peft_model, merge
+from tunerkit import BaseTunerLayer, folding, get_base_model_state_dict, get_peft_model, merge
 from tunerkit.errors import ArgumentError, MergeError, MergeWarning
 from tunerkit.folding import Merged
 from tunerkit.sites import LinearSite
 from tunerkit.testing.bench import MOVED, Snapshot, difference, move, same_bits
 from tunerkit_ia3 import IA3Config
-from tunerkit_lora import LoraConfig
+from tunerkit_lora import LoraConfig, LoraModel
 
 X = torch.linspace(-1, 1, 15).reshape(5, 3)
 LOST = (
@@ -256,6 +256,35 @@ def test_saving_the_embeddings_that_were_given_up_is_refused(tmp_path):
     with pytest.raises(MergeError, match="'one' is merged into 'embed_tokens' and the original parameters were not"):
         model.save_pretrained(tmp_path, save_embedding_layers=True)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
+
+
+class Reluctant(nn.Module, BaseTunerLayer):
+    """A layer written by hand that cannot merge."""
+
+    adapter_layer_names = ("reluctant",)
+
+    def __init__(self, base, name):
+        super().__init__()
+        self.base_layer, self.reluctant = base, nn.ParameterDict({name: nn.Parameter(torch.ones(2))})
+        self._active_adapter = name
+
+
+class WithReluctant(LoraModel):
+    def _create_and_replace(self, config, name, target, target_name, parent, current_key, parameter_name=None):
+        if current_key != "2":
+            return super()._create_and_replace(config, name, target, target_name, parent, current_key, parameter_name)
+        parent._modules[target_name] = Reluctant(target, name)
+        return parent._modules[target_name]
+
+
+@pytest.mark.parametrize("keep_base", ["device", "cpu", "none"])
+def test_what_a_layer_by_hand_refuses_changes_nothing(keep_base):
+    tuner = WithReluctant(make_base(), lora(), "one")
+    before = Snapshot.of(tuner)
+    with pytest.raises(NotImplementedError, match="Reluctant does not define merge"):
+        tuner.merge_adapter(keep_base=keep_base)
+    assert before.differences(tuner) == []
+    assert not any(layer.merged for layer in tuner.layers())
 
 
 def test_unknown_words(model):

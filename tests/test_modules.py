@@ -74,6 +74,15 @@ class TestStateOf:
         assert calls == ([1] if before else [])
         assert ("more" in found) != before
 
+    @pytest.mark.parametrize("word", ["state_dict", "_save_to_state_dict"])
+    def test_a_way_set_on_one_module(self, word):
+        module = Nested()
+        ordinary = getattr(module.below[0], word)
+        calls = []
+        setattr(module.below[0], word, lambda *args, **kwargs: calls.append(1) or ordinary(*args, **kwargs))
+        assert is_what_torch_returns(module)
+        assert calls
+
     def test_makes_no_containers(self):
         module = linear(torch.randn(3, 2))
         before = set(module.__dict__)

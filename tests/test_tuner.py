@@ -587,3 +587,19 @@ class TestTunerOf:
         assert tuner_of(base).model is base
         with pytest.raises(UnknownAdapterError, match=r"model \(Sequential\) has no adapters. Attach one with"):
             tuner_of(base, adapted=True)
+
+
+def test_a_delete_that_fails_leaves_what_is_saved_as_it_was(monkeypatch):
+    """The entries of buffers that are not saved are told by adapter, and a deleted one is no longer named there."""
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config, "one")
+    model.add_adapter("two", config)
+    keys = list(model.state_dict())
+
+    def fail(*_, **__):
+        raise RuntimeError
+
+    monkeypatch.setattr("tunerkit.tuner.set_fast_paths", fail)
+    with pytest.raises(RuntimeError):
+        model.delete_adapter("two")
+    assert list(model.state_dict()) == keys

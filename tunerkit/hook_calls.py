@@ -20,13 +20,13 @@ class HookCalls:
     """What a tuner asks a method, each by a method that a method's own class may override."""
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        return self._method_of(peft_config).answers._prepare_adapter_config(  # type: ignore[no-any-return]
-            peft_config=peft_config, model_config=model_config
+        return self._method_of(peft_config).ask(  # type: ignore[no-any-return]
+            "_prepare_adapter_config", peft_config=peft_config, model_config=model_config
         )
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> str | re.Match[str] | bool | None:
-        return self._method_of(peft_config).answers._check_target_module_exists(  # type: ignore[no-any-return]
-            peft_config=peft_config, key=key
+        return self._method_of(peft_config).ask(  # type: ignore[no-any-return]
+            "_check_target_module_exists", peft_config=peft_config, key=key
         )
 
     def _create_and_replace(
@@ -39,7 +39,8 @@ class HookCalls:
         current_key: str,
         parameter_name: str | None = None,
     ) -> Adapter | nn.Module | bool | None:
-        return self._method_of(peft_config).answers._create_and_replace(  # type: ignore[no-any-return]
+        return self._method_of(peft_config).ask(  # type: ignore[no-any-return]
+            "_create_and_replace",
             peft_config=peft_config,
             adapter_name=adapter_name,
             target=target,

@@ -1,6 +1,6 @@
 """Modules without the containers that torch makes for hooks, until one is asked for.
 
-A module's ten empty containers take 2 KiB and the time to make them, and an adapter of small factors is three modules,
+A module's empty containers take 2 KiB and the time to make them, and an adapter of small factors is three modules,
 on each of thousands of layers, or a thousand times on one. So these have none at first; whoever asks for one, torch or
 a program that registers a hook, gets one that stays. Nothing else about them is different.
 """

@@ -18,6 +18,7 @@ from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, layers_in
 from tunerkit.model_config import embedding_layers
 from tunerkit.modules import modules_in
+from tunerkit.names import EntryModule
 from tunerkit.naming import listing
 from tunerkit.targeting import bare, places
 
@@ -54,10 +55,11 @@ def merge_layers(
     _check(model, layers, names)
     if keep_base == "none":
         _try(layers, names, safe=safe)
+        _merge_by_hand(layers, names, safe=safe)
         with _held_weakly(trainable) as trained:
             for layer in layers:
-                layer.merge(safe_merge=safe, adapter_names=list(names))
                 if isinstance(layer, AdaptedLayer):
+                    layer.merge(safe_merge=safe, adapter_names=list(names))
                     trainable += [heir for old, heir in layer.forget_base() if id(old) in trained]
         return
     shared = _shared_parameters(model) if keep_base == "cpu" else set()
@@ -99,6 +101,15 @@ def _try(layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) 
             fold(layer.site, layer.bare_site, adapters, safe=safe)
 
 
+def _merge_by_hand(layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
+    """Merge in the layers written by hand, which alone know whether they can, or in none of them."""
+    with Journal() as journal:
+        for layer in layers:
+            if not isinstance(layer, AdaptedLayer):
+                note_parameters(journal, layer)
+                layer.merge(safe_merge=safe, adapter_names=list(names))
+
+
 def unmerge_layers(model: nn.Module) -> None:
     """Take what is merged out of all layers, or out of none if anything goes wrong."""
     with Journal() as journal:
@@ -124,7 +135,11 @@ def note_layers(journal: Journal, layers: Sequence[BaseTunerLayer]) -> None:
     """Note layers before adapters are taken out of them."""
     for layer in layers:
         journal.note_module(layer)  # type: ignore[arg-type]
-        if not isinstance(layer, AdaptedLayer):
+        if isinstance(layer, AdaptedLayer):
+            for entry in layer._modules.values():
+                if isinstance(entry, EntryModule):  # they name the adapters of whose buffers some are not saved
+                    journal.note_module(entry)
+        else:
             # It keeps what is the adapters' in containers of its own.
             for container in (getattr(layer, entry, None) for entry in layer.adapter_layer_names):
                 if isinstance(container, nn.Module):

@@ -87,6 +87,8 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> bool:
     kind, state = type(module), module.__dict__
     if state.get("_state_dict_hooks") or state.get("_state_dict_pre_hooks") or not _PLAIN[kind]:
         return False
+    if not _WORDS.isdisjoint(state):  # set on this very module
+        return False
     for name, parameter in state["_parameters"].items():
         if parameter is not None:
             found[prefix + name] = parameter
@@ -97,12 +99,14 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> bool:
     return all(child is None or _collect(child, f"{prefix}{name}.", found) for name, child in children)
 
 
+_WORDS = frozenset({"state_dict", "_save_to_state_dict", "get_extra_state"})
+
+
 class _Plain(dict[type, bool]):
     """Whether a type of modules leaves it to torch how its state is told."""
 
     def __missing__(self, kind: type) -> bool:
-        words = "state_dict", "_save_to_state_dict", "get_extra_state"
-        found = self[kind] = all(getattr(kind, word) is getattr(nn.Module, word) for word in words)
+        found = self[kind] = all(getattr(kind, word) is getattr(nn.Module, word) for word in _WORDS)
         return found
 
 

@@ -221,7 +221,11 @@ def _site_class(module: nn.Module, kinds: Collection[str]) -> type[Site] | None:
 
 
 def _take_along(kind: type[Site], module: nn.Module, key: str, along: dict[int, str]) -> None:
-    """Note the children that are adapted along with a module, by their ids, with why."""
+    """Note the children that are adapted along with a module, by their ids, with why.
+
+    Raises:
+        UnsupportedSiteError: The module is such a child itself, of one that is not adapted.
+    """
     why_not = None if id(module) in along else kind.alone(module)
     if why_not is not None:
         msg = f"The module {key!r} ({type(module).__name__}) cannot be adapted: {why_not}."

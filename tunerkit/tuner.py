@@ -23,7 +23,7 @@ from tunerkit.fast_path import set_fast_paths
 from tunerkit.hook_calls import HookCalls, declared_method, overrides_hooks
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, cast_up, layers_in, original
-from tunerkit.modules import parameters_in
+from tunerkit.modules import parameters_in, tensors_in
 from tunerkit.modules_to_save import put_copies, tied_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
@@ -243,7 +243,7 @@ class BaseTuner(HookCalls, RoutedModel):
             for layer in self.layers():
                 layer.cast_up(adapter_name)
             if adapter_name in self.parts:
-                cast_up(self.parts[adapter_name].state_dict(keep_vars=True).values())
+                cast_up(tensors_in(self.parts[adapter_name]))
 
     def _activate_new(self, layers: list[BaseTunerLayer], name: str, *, frozen: bool) -> None:
         """Bring a new adapter's layers to the tuner's state; unless it is active, no other adapter's flag changes."""
@@ -281,15 +281,14 @@ class BaseTuner(HookCalls, RoutedModel):
         with Journal() as journal:
             journal.note_module(self)
             journal.note_module(self.model)
+            merge.note_layers(journal, layers)
             if len(rest) == len(self.active_adapters) or rest or not others:
-                merge.note_layers(journal, layers)
                 for layer in layers:
                     layer._activate(rest)
                 self.active_adapter = rest
             else:
                 msg = f"The active adapter {adapter_name!r} was deleted; {others[0]!r} of {listing(others)} is now."
                 warnings.warn(AdapterWarning(msg), stacklevel=2)
-                merge.note_layers(journal, layers)
                 self.set_adapter(others[:1])
             if self.biases.name == adapter_name:
                 self._give_up_biases(journal, keep=False)

@@ -17,6 +17,7 @@ import pytest
 from tunerkit import plugins
 from tunerkit.errors import ConfigError, PluginError, PluginWarning, UnknownMethodError
 from tunerkit.plugins import loader
+from tunerkit.plugins.hooks import hookimpl
 
 COUNTED = "import builtins\nbuiltins.tunerkit_loads = getattr(builtins, 'tunerkit_loads', 0) + 1\n"
 
@@ -272,14 +273,26 @@ class TestHooks:
         environment.install("tunerkit-foo", after=hook)
         environment.install("tunerkit-bar", after=WRAPPER)
         foo, bar = plugins.get_method("foo"), plugins.get_method("bar")
-        ask = {"peft_config": None, "key": "q"}
         for method in (foo, bar):
-            answer = method.answers._check_target_module_exists(**ask)
-            assert answer == method.hook._check_target_module_exists(**ask)
-        assert foo.answers._check_target_module_exists is not foo.hook._check_target_module_exists
-        ask = {"peft_config": 1, "model_config": {}}
-        assert bar.answers._prepare_adapter_config(**ask) == bar.hook._prepare_adapter_config(**ask)
-        assert bar.answers._prepare_adapter_config is bar.hook._prepare_adapter_config
+            arguments = {"peft_config": None, "key": "q"}
+            answer = method.ask("_check_target_module_exists", **arguments)
+            assert answer == method.hook._check_target_module_exists(**arguments)
+        arguments = {"peft_config": 1, "model_config": {}}
+        assert bar.ask("_prepare_adapter_config", **arguments) == bar.hook._prepare_adapter_config(**arguments)
+
+    def test_a_hook_that_comes_later_is_called_too(self, environment):
+        class Later:
+            @hookimpl(wrapper=True)
+            def _check_target_module_exists(self):
+                return [(yield), "later"]
+
+        environment.install(
+            "tunerkit-foo", after="\n@hookimpl\ndef _check_target_module_exists(key):\n    return key\n"
+        )
+        foo = plugins.get_method("foo")
+        assert foo.ask("_check_target_module_exists", peft_config=None, key="q") == "q"
+        foo.manager.register(Later())
+        assert foo.ask("_check_target_module_exists", peft_config=None, key="q") == ["q", "later"]
 
     def test_a_wrapper_of_the_plugin_gets_the_default(self, environment):
         environment.install("tunerkit-foo", after=WRAPPER)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -245,3 +248,25 @@ class TestTransposed:
 
 def test_a_weight_without_a_shape():
     assert "has no shape before the layer is first run" in LinearSite.takes(nn.LazyLinear(3))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_forward_that_is_replaced_for_all_linear_layers_is_called(when):
+    """Whether it is replaced before the package is imported or after, by one that looks like torch's."""
+    replace = """
+ordinary = nn.Linear.forward
+@functools.wraps(ordinary)
+def doubled(self, x):
+    return ordinary(self, x) * 2
+nn.Linear.forward = doubled
+"""
+    use = "from tunerkit.sites import LinearSite\n"
+    program = f"""
+import functools
+import torch
+from torch import nn
+{replace + use if when == "before" else use + replace}
+layer, x = nn.Linear(3, 4), torch.ones(2, 3)
+assert torch.equal(LinearSite(layer)(x), 2 * (x @ layer.weight.T + layer.bias))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

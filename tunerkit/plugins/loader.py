@@ -7,7 +7,6 @@ is kept, and raised whenever that method is asked for.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 import threading
@@ -24,8 +23,6 @@ from tunerkit.plugins.choice import choose, conflict, is_same, known
 from tunerkit.plugins.discovery import Offer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import pluggy
 
     from tunerkit.plugins.method import Method
@@ -58,23 +55,16 @@ class LoadedMethod:
         """The hooks, to be called with keyword arguments."""
         return self.manager.hook
 
-    @functools.cached_property
-    def answers(self) -> SimpleNamespace:
-        """The same, but that a hook which one function answers is that function: a plan asks for every module."""
-        hooks = vars(self.manager.hook).items()
-        return SimpleNamespace(**{name: _alone(hook) for name, hook in hooks if not name.startswith("__")})
+    def ask(self, name: str, **arguments: Any) -> Any:
+        """Call a hook with all of its arguments; where one function answers it, that function: a plan asks a lot."""
+        hook: pluggy.HookCaller = getattr(self.manager.hook, name)
+        answers = hook.get_hookimpls()
+        if len(answers) > 1 or answers[0].wrapper or answers[0].hookwrapper:
+            return hook(**arguments)
+        return answers[0].function(*[arguments[argument] for argument in answers[0].argnames])
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return get_method, (self.id,)
-
-
-def _alone(hook: pluggy.HookCaller) -> Callable[..., Any]:
-    """Return what answers a hook, to be called with all of its arguments by name."""
-    implementations = hook.get_hookimpls()
-    if len(implementations) > 1 or implementations[0].wrapper or implementations[0].hookwrapper:
-        return hook
-    function, names = implementations[0].function, implementations[0].argnames
-    return lambda **arguments: function(*[arguments[name] for name in names])
 
 
 @dataclass(frozen=True)

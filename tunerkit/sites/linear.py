@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import linear as torch_linear
 from torch.nn.modules import module as torch_module
 
 from tunerkit.lean import Linear
@@ -15,8 +16,9 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 """The full name of the layer that GPT-2 and its like are made of. It is linear, in spite of its name."""
 
 _LINEAR = (nn.Linear, Linear)
-_FORWARD = nn.Linear.forward
-"""What may be replaced for all linear layers, as some programs do."""
+_IS_TORCHS = getattr(nn.Linear.forward, "__globals__", None) is vars(torch_linear)
+_FORWARD = nn.Linear.forward if _IS_TORCHS else None
+"""Torch's own; some programs replace it for all linear layers, before this is imported or after."""
 
 
 class LinearSite(Site):
