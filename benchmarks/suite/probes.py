@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 KIB = 1024
 MIB = 1024 * KIB
+_RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+"""Makes glibc give large tensors back when they are freed; by itself it keeps some, in one run and not in another."""
+
 MODULES = {"ours": ("tunerkit", "tunerkit_lora"), "peft": ("peft",), "floor": ()}
 
 
@@ -31,7 +34,7 @@ def probe(what: str, side: Side, **settings: Any) -> float:
     """
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     command = (sys.executable, "-m", "suite.probes", what, side, json.dumps(settings))
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **_RETURNS_MEMORY}
     # What is installed has its bytecode; a working tree without it would be compiled anew in every process.
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -107,10 +110,9 @@ def measure_merge(side: Side, width: int, depth: int, folder: str) -> float:
 def measure_given_up(side: Side, width: int, depth: int, folder: str) -> float:
     """Return the peak of attaching and merging; ours keeps no originals."""
     del folder
-    from suite.libraries import library  # noqa: PLC0415 - the same
     from suite.models import stack  # noqa: PLC0415 - the same
 
-    used, options = library(side), {"keep_base": "none"} if side == "ours" else {}
+    used, options = ready(side), {"keep_base": "none"} if side == "ours" else {}
     return above(lambda: used.attach(stack(width, depth)).merge_adapter(**options))
 
 
