@@ -603,3 +603,18 @@ def test_a_delete_that_fails_leaves_what_is_saved_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError):
         model.delete_adapter("two")
     assert list(model.state_dict()) == keys
+
+
+def test_a_subclass_may_cast_in_its_own_way():
+    calls = []
+
+    class Own(LoraModel):
+        def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
+            calls.append((adapter_name, autocast_adapter_dtype))
+
+    config = LoraConfig(r=2, target_modules=["0"])
+    tuner = Own(nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16)), config, "one")
+    tuner.peft_config["two"] = config
+    tuner.inject_adapter(tuner.model, "two", autocast_adapter_dtype=True)
+    assert calls == [("one", False), ("two", True)]
+    assert {parameter.dtype for parameter in tuner.model.parameters()} == {torch.bfloat16}

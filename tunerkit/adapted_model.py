@@ -171,10 +171,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
                 self.unmerge_adapter()
             trains, changed = [] if inference_mode else names, journal.note_changes()
             for layer in layers:
-                if isinstance(layer, AdaptedLayer):
-                    layer.switch(names, trains, changed)
-                else:
-                    layer.set_adapter(names, inference_mode=inference_mode)
+                layer._switch(names, trains, changed)
             self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
             for name in self._beside():
                 self._set_beside(name, trains=name in names and not inference_mode)
@@ -221,10 +218,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             self._note(journal, layers)
             changed = journal.note_changes()
             for layer in layers:
-                if isinstance(layer, AdaptedLayer):
-                    layer.let_train(names, changed, trains=requires_grad)
-                else:
-                    layer.set_requires_grad(names, requires_grad)
+                layer._let_train(names, changed, trains=requires_grad)
             for name in self._beside():
                 if name in names:
                     self._set_beside(name, trains=requires_grad)
@@ -246,13 +240,9 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
                 self.biases.show(trained=self.biases.name in self.active_adapters)
             # Where one layer's base holds another's, what was merged last is taken out first.
             for layer in layers if enabled else reversed(layers):
-                if not isinstance(layer, AdaptedLayer):
+                if not isinstance(layer, AdaptedLayer) or layer.merged or layer._merged_before:
                     merge.note_parameters(journal, layer)
-                    layer.enable_adapters(enabled)
-                    continue
-                if layer.merged or layer._merged_before:
-                    merge.note_parameters(journal, layer)
-                layer.switch_on(changed, enabled=enabled)
+                layer._switch_on(changed, enabled=enabled)
             if not enabled and not self.disabled:
                 beside = [p for part in self.parts.values() for p in part.parameters()] + self.biases.parameters()
                 self._trained_parts = [p for p in beside if p.requires_grad]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tunerkit.errors import AdapterStateError
-from tunerkit.layer import BaseTunerLayer, cast_up, is_layer
-from tunerkit.modules import begin, frozen_keys, parameters_in, set_trains, state_of, tensors_in
+from tunerkit.layer import BaseTunerLayer, is_layer
+from tunerkit.lean import begin
+from tunerkit.modules import cast_up, frozen_keys, parameters_in, set_trains, state_of, tensors_in
 from tunerkit.names import expose, withdraw
 from tunerkit.naming import listing
 
@@ -160,7 +161,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         withdraw(self, self._adapters)  # type: ignore[arg-type]
         self._settle()
 
-    # What is active, and what trains; `changed` takes the tensors whose flags are changed, with what these were, before
+    # What is active, and what trains
 
     @property
     def activity(self) -> tuple[Any, ...]:
@@ -176,9 +177,9 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         """Make adapters active and trainable, and freeze the others; see `BaseTunerLayer.set_adapter`."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.check_together(names)
-        self.switch(names, [] if inference_mode else names, [])
+        self._switch(names, [] if inference_mode else names, [])
 
-    def switch(self, active: list[str], trains: list[str], changed: list[Flag]) -> None:
+    def _switch(self, active: list[str], trains: list[str], changed: list[Flag]) -> None:
         """Make adapters active, let some of them train, and freeze the others; names not known here are passed over.
 
         While all are switched off, those that are to train do so as soon as they are on again.
@@ -195,18 +196,18 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters train; names that this layer does not have are passed over."""
-        self.let_train([adapter_names] if isinstance(adapter_names, str) else adapter_names, [], trains=requires_grad)
+        self._let_train([adapter_names] if isinstance(adapter_names, str) else adapter_names, [], trains=requires_grad)
 
-    def let_train(self, names: Sequence[str], changed: list[Flag], *, trains: bool) -> None:
+    def _let_train(self, names: Sequence[str], changed: list[Flag], *, trains: bool) -> None:
         """Say whether adapters train; names that this layer does not have are passed over."""
         for name in names:
             set_trains(self.trainable_tensors(name), changed, trains=trains)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, or on again; what is merged is taken out and put back: off means the base layer."""
-        self.switch_on([], enabled=enabled)
+        self._switch_on([], enabled=enabled)
 
-    def switch_on(self, changed: list[Flag], *, enabled: bool) -> None:
+    def _switch_on(self, changed: list[Flag], *, enabled: bool) -> None:
         """Switch all adapters off, or on again; see `enable_adapters`."""
         if enabled != self._disable_adapters:
             return

@@ -10,7 +10,7 @@ from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, Part
 from tunerkit.defaults import site_of
 from tunerkit.errors import PluginError, UnsupportedSiteError
-from tunerkit.layer import BaseTunerLayer, cast_up, is_layer
+from tunerkit.layer import BaseTunerLayer, is_layer
 from tunerkit.modules import frozen_keys, modules_in, tensors_in
 from tunerkit.names import entries_of, withdraw
 from tunerkit.naming import method_id
@@ -39,7 +39,6 @@ def attach(
     layer_class: type[BaseTunerLayer],
     via_hook: bool,
     meta: bool,
-    cast: bool,
 ) -> list[BaseTunerLayer]:
     """Make an adapter at each target of a plan and put it in place; it is not active yet.
 
@@ -53,7 +52,6 @@ def attach(
         layer_class: The method's layer class.
         via_hook: Whether `create` asks the method's hook, which must return what it did; an override need not.
         meta: Make tensors on the meta device.
-        cast: Make tensors float32 where they are of lower precision.
 
     Returns:
         The layers that hold the adapter now.
@@ -76,13 +74,11 @@ def attach(
         if isinstance(made, Adapter):
             if target.tied_to is not None:
                 made.tie(adapters[target.tied_to])
-            layer: BaseTunerLayer = _put_in_place(made, target, name, owner, method, layer_class, cast=cast)
+            layer: BaseTunerLayer = _put_in_place(made, target, name, owner, method, layer_class)
             if part is not None:
                 made.join(part)
         else:
             layer = _find_what_was_done(made, target, name, method, via_hook=via_hook)
-            if cast:
-                layer.cast_up(name)
         for other_parent, other_child in target.places[1:]:
             journal.note_module(other_parent)
             other_parent._modules[other_child] = layer  # type: ignore[assignment]
@@ -105,27 +101,18 @@ def _reachable(module: nn.Module) -> Iterator[nn.Module]:
     yield from modules_in(module) if module._modules else (module,)
 
 
-def make_part(kind: type[Part], plan: Plan, kinds: frozenset[str], *, meta: bool, cast: bool) -> Part:
+def make_part(kind: type[Part], plan: Plan, kinds: frozenset[str], *, meta: bool) -> Part:
     """Make what an adapter has once per model, from all the sites of its plan."""
     method = method_id(str(plan.config.peft_type))
     sites = [site_of(target.module, target.name, target.parameter_name, kinds, method) for target in plan.targets]
     make = functools.partial(kind, sites, plan.config)
     part = make_on_meta(make) if meta else make()
     part.__dict__["_frozen"] = frozen_keys(part)
-    if cast:
-        cast_up(tensors_in(part))
     return part
 
 
 def _put_in_place(
-    adapter: Adapter,
-    target: Target,
-    name: str,
-    owner: Owner,
-    method: str,
-    layer_class: type[BaseTunerLayer],
-    *,
-    cast: bool,
+    adapter: Adapter, target: Target, name: str, owner: Owner, method: str, layer_class: type[BaseTunerLayer]
 ) -> AdaptedLayer:
     parent, child = target.places[0]
     if parent._modules.get(child) is not target.module:
@@ -151,13 +138,13 @@ def _put_in_place(
             f"adapter must have a merged form, and this one has none ({adapter.unfoldable})."
         )
         raise UnsupportedSiteError(msg)
-    _place_tensors(adapter, layer.site.device, method, cast=cast)
+    _place_tensors(adapter, layer.site.device, method)
     layer.add_adapter(name, adapter, method, layer_class)
     parent._modules[child] = layer
     return layer
 
 
-def _place_tensors(adapter: Adapter, device: Any, method: str, *, cast: bool) -> None:
+def _place_tensors(adapter: Adapter, device: Any, method: str) -> None:
     """Move tensors that were made without asking the site to its device; check that all of them have declared names."""
     for entry in entries_of(adapter):
         if entry not in adapter.entries:
@@ -166,12 +153,9 @@ def _place_tensors(adapter: Adapter, device: Any, method: str, *, cast: bool) ->
                 f"its `entries` {adapter.entries} does not name. Add it, so that checkpoints can be matched."
             )
             raise PluginError(msg)
-    tensors = tensors_in(adapter)
-    for tensor in tensors:
+    for tensor in tensors_in(adapter):
         if tensor.device != device and not tensor.is_meta:
             tensor.data = tensor.data.to(device)
-    if cast:
-        cast_up(tensors)
 
 
 def _find_what_was_done(made: object, target: Target, name: str, method: str, *, via_hook: bool) -> BaseTunerLayer:

@@ -6,6 +6,7 @@ are undone from the last to the first, and the model is object for object what i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import weakref
@@ -37,15 +38,10 @@ _OPEN = _Open()
 _CONTAINERS = (dict, set, list)
 
 
-class _IsContainer(dict[type, bool]):
-    """Whether values of a type are containers whose content is noted; it is asked of each attribute of each module."""
-
-    def __missing__(self, kind: type) -> bool:
-        found = self[kind] = issubclass(kind, _CONTAINERS) and kind is not EntryView
-        return found
-
-
-_IS_CONTAINER = _IsContainer()
+@functools.cache
+def _is_container(kind: type) -> bool:
+    """Return whether values of a type are containers whose content is noted; asked of each attribute of each module."""
+    return issubclass(kind, _CONTAINERS) and kind is not EntryView
 
 
 class Journal:
@@ -94,7 +90,7 @@ class Journal:
             return
         state = module.__dict__.copy()
         # Of those that hold something: most are empty, of hooks; and views hold nothing themselves.
-        containers = itertools.compress(state.values(), map(_IS_CONTAINER.__getitem__, map(type, state.values())))
+        containers = itertools.compress(state.values(), map(_is_container, map(type, state.values())))
         contents = [(value, value.copy()) for value in containers if value]
         flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
         self._notes.append((_restore_module, (module, state, contents, flags)))
@@ -126,11 +122,12 @@ class Journal:
 
 
 def _restore_module(
-    module: nn.Module, state: dict[str, Any], contents: list[tuple[Any, Any]], flags: list[tuple[Tensor, bool]]
+    module: nn.Module, state: dict[str, Any], contents: list[tuple[Any, Any]], flags: list[Flag]
 ) -> None:
     filled = {id(container) for container, _ in contents}
     for value in state.values():
-        if _IS_CONTAINER[type(value)] and id(value) not in filled:
+        kind: type = type(value)
+        if _is_container(kind) and id(value) not in filled:
             _refill(value, {})
     for container, content in contents:
         _refill(container, content)

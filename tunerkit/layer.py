@@ -12,11 +12,10 @@ import itertools
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import AdapterWarning
-from tunerkit.modules import set_trains
+from tunerkit.modules import cast_up, set_trains
 from tunerkit.naming import COMPILED, listing
 
 if TYPE_CHECKING:
@@ -24,12 +23,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import TypeIs
 
+    from tunerkit.modules import Flag
     from tunerkit.route import Owner
-
-
-_DTYPES = (value for value in vars(torch).values() if isinstance(value, torch.dtype))
-_LOW = frozenset(dtype for dtype in _DTYPES if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize)
-"""The dtypes of lower precision than float32."""
 
 
 class MethodMeta(type):
@@ -219,6 +214,24 @@ class BaseTunerLayer(metaclass=MethodMeta):
         """Make adapters active without touching what trains."""
         self._active_adapter = names
 
+    # What the model calls; `changed` takes the tensors whose flags are changed, with what these were, before they are.
+    # Of a layer written by hand the model has noted all of them.
+
+    def _switch(self, active: list[str], trains: list[str], changed: list[Flag]) -> None:
+        """Make adapters active and let all of them train, or none, which is what `trains` holds."""
+        del changed
+        self.set_adapter(active, inference_mode=not trains)
+
+    def _let_train(self, names: Sequence[str], changed: list[Flag], *, trains: bool) -> None:
+        """Say whether adapters train."""
+        del changed
+        self.set_requires_grad(names, trains)
+
+    def _switch_on(self, changed: list[Flag], *, enabled: bool) -> None:
+        """Switch all adapters off, or on again."""
+        del changed
+        self.enable_adapters(enabled)
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters train; names that this layer does not have are passed over."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -307,43 +320,29 @@ def tuner_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Bas
     Below such a layer only its base layer is looked into: it may be another one, or hold others.
     """
     found: list[tuple[str, BaseTunerLayer]] = []
-    _find_paths(module, prefix, set(), found)
+    _find_layers(module, prefix, set(), found)
     return iter(found)
 
 
-def _find_paths(module: nn.Module, prefix: str, seen: set[int], found: list[tuple[str, BaseTunerLayer]]) -> None:
+def layers_in(module: nn.Module) -> list[BaseTunerLayer]:
+    """Return the layers of `tuner_layers`, for less: no path is made."""
+    found: list[tuple[None, BaseTunerLayer]] = []
+    _find_layers(module, None, set(), found)
+    return [layer for _, layer in found]
+
+
+def _find_layers(module: nn.Module, path: str | None, seen: set[int], found: list[tuple[Any, BaseTunerLayer]]) -> None:
+    # A path that is None stays None: it is not asked for.
     if id(module) in seen:
         return
     seen.add(id(module))
     children = module._modules
     if is_layer(module):
-        found.append((prefix, module))
+        found.append((path, module))
         children = {module.base_name: children.get(module.base_name)}
     for name, child in children.items():
         if child is not None and (child._modules or is_layer(child)):
-            _find_paths(child, f"{prefix}.{name}" if prefix else name, seen, found)
-
-
-def layers_in(module: nn.Module) -> list[BaseTunerLayer]:
-    """Return the layers of `tuner_layers`, at half the cost: no path is made."""
-    found: list[BaseTunerLayer] = []
-    _find_layers([module], set(), found)
-    return found
-
-
-def _find_layers(modules: Iterable[nn.Module | None], seen: set[int], found: list[BaseTunerLayer]) -> None:
-    for module in modules:
-        if module is None or id(module) in seen:
-            continue
-        if is_layer(module):
-            found.append(module)
-            below: Iterable[nn.Module | None] = [module.__dict__["_modules"].get(module.base_name)]
-        elif module._modules:
-            below = module._modules.values()
-        else:
-            continue
-        seen.add(id(module))
-        _find_layers(below, seen, found)
+            _find_layers(child, path if path is None else f"{path}.{name}" if path else name, seen, found)
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -363,13 +362,6 @@ def entry_name(key: str, name: str) -> str:
     """Return what a tensor of an adapter is called in the model: the adapter's name stands after that of the entry."""
     entry, dot, rest = key.partition(".")
     return f"{entry}.{name}{dot}{rest}"
-
-
-def cast_up(tensors: Iterable[Tensor]) -> None:
-    """Make tensors of lower precision float32, in place."""
-    for tensor in tensors:
-        if tensor.dtype in _LOW:
-            tensor.data = tensor.data.float()
 
 
 def _tensors_in(container: Any, name: str, prefix: str) -> dict[str, Tensor]:

@@ -18,6 +18,23 @@ _LATER = {name: type(value) for name, value in _BLANK.items() if isinstance(valu
 _VALUES = [(name, value) for name, value in _BLANK.items() if not isinstance(value, (dict, set))]
 
 
+def begin(module: nn.Module) -> None:
+    """Do what `nn.Module.__init__` does, at half of its cost."""
+    _begin_lean(module)
+    state = module.__dict__
+    for name, kind in _LATER.items():
+        state[name] = kind()
+
+
+def _begin_lean(module: nn.Module) -> None:
+    # One by one: then the dicts of all modules of a class share their keys, and take a third of the memory.
+    state = module.__dict__
+    for name, value in _VALUES:
+        state[name] = value
+    for name in _HELD:
+        state[name] = {}
+
+
 def attributes_of(module: nn.Module) -> dict[str, Any]:
     """Return a module's attributes without the containers for hooks that are empty: a lean module may not have them."""
     return {name: value for name, value in module.__dict__.items() if name not in _LATER or value}
@@ -27,12 +44,7 @@ class LeanModule(nn.Module):
     """A module that makes its containers for hooks when they are first asked for."""
 
     def __init__(self) -> None:
-        # One by one: then the dicts of all modules of a class share their keys, and take a third of the memory.
-        state = self.__dict__
-        for name, value in _VALUES:
-            state[name] = value
-        for name in _HELD:
-            state[name] = {}
+        _begin_lean(self)
 
     def __getattr__(self, name: str) -> Any:
         kind = _LATER.get(name)

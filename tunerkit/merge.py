@@ -54,7 +54,7 @@ def merge_layers(
     layers = layers_in(model)
     _check(model, layers, names)
     if keep_base == "none":
-        _try(layers, names, safe=safe)
+        _check_foldable(layers, names, safe=safe)
         _merge_by_hand(layers, names, safe=safe)
         with _held_weakly(trainable) as trained:
             for layer in layers:
@@ -93,8 +93,8 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     return {name for name, count in Counter(held).items() if count > 1}
 
 
-def _try(layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
-    """Fold adapters without changing anything, where that may be refused."""
+def _check_foldable(layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
+    """Raise what folding adapters would raise, with nothing changed."""
     for layer in layers:
         if isinstance(layer, AdaptedLayer) and (safe or not layer.keeps_base):
             adapters = [layer.adapters[name] for name in merge_order(layer, names)]
@@ -190,7 +190,7 @@ def merge_for_good(
     """
     layers = layers_in(model)
     _check(model, layers, names)
-    _try(layers, names, safe=safe)
+    _check_foldable(layers, names, safe=safe)
     with _progress("merging", len(layers), show=progressbar) as advance, _held_weakly(trainable) as trained:
         for layer in layers:
             trainable += [heir for old, heir in layer.merge_for_good(list(names)) if id(old) in trained]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -15,21 +17,13 @@ Flag: TypeAlias = tuple[Tensor, bool]
 Hook: TypeAlias = tuple[nn.Module, int]
 """A forward hook: the module on which it is, and the number that torch gave it there."""
 
-# Taken from a module, so that it is right for whatever version of torch runs.
-_BLANK = nn.Module().__dict__
-_CONTAINERS = [(name, type(value)) for name, value in _BLANK.items() if isinstance(value, (dict, set))]
-_VALUES = {name: value for name, value in _BLANK.items() if not isinstance(value, (dict, set))}
-
+_DTYPES = (value for value in vars(torch).values() if isinstance(value, torch.dtype))
+_LOW = frozenset(dtype for dtype in _DTYPES if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize)
+"""The dtypes of lower precision than float32."""
 
 _NONE: frozenset[str] = frozenset()  # one for all modules: Python makes another each time
-
-
-def begin(module: nn.Module) -> None:
-    """Do what `nn.Module.__init__` does, at a third of its cost."""
-    state = module.__dict__
-    state.update(_VALUES)
-    for name, kind in _CONTAINERS:
-        state[name] = kind()
+_WORDS = frozenset({"state_dict", "_save_to_state_dict", "get_extra_state"})
+"""By what a module can tell its state in a way of its own."""
 
 
 def set_modes(modules: Iterable[nn.Module | None], mode: bool) -> None:
@@ -84,8 +78,9 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> bool:
     """Add the tensors of a module and of those below it by key; return whether that is all that torch would do."""
-    kind, state = type(module), module.__dict__
-    if state.get("_state_dict_hooks") or state.get("_state_dict_pre_hooks") or not _PLAIN[kind]:
+    kind: type = type(module)
+    state = module.__dict__
+    if state.get("_state_dict_hooks") or state.get("_state_dict_pre_hooks") or not _is_plain(kind):
         return False
     if not _WORDS.isdisjoint(state):  # set on this very module
         return False
@@ -99,18 +94,17 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> bool:
     return all(child is None or _collect(child, f"{prefix}{name}.", found) for name, child in children)
 
 
-_WORDS = frozenset({"state_dict", "_save_to_state_dict", "get_extra_state"})
+@functools.cache
+def _is_plain(kind: type) -> bool:
+    """Return whether a type of modules leaves it to torch how its state is told."""
+    return all(getattr(kind, word) is getattr(nn.Module, word) for word in _WORDS)
 
 
-class _Plain(dict[type, bool]):
-    """Whether a type of modules leaves it to torch how its state is told."""
-
-    def __missing__(self, kind: type) -> bool:
-        found = self[kind] = all(getattr(kind, word) is getattr(nn.Module, word) for word in _WORDS)
-        return found
-
-
-_PLAIN = _Plain()
+def cast_up(tensors: Iterable[Tensor]) -> None:
+    """Make tensors of lower precision float32, in place."""
+    for tensor in tensors:
+        if tensor.dtype in _LOW:
+            tensor.data = tensor.data.float()
 
 
 def set_trains(tensors: Iterable[Tensor], changed: list[Flag], *, trains: bool) -> None:

@@ -54,7 +54,7 @@ class Groups:
         slot_of = [0] * len(order)
         for slot, row in enumerate(order):
             slot_of[row] = slot
-        return cls(names, [len(rows[name]) for name in names], *_whole(order, slot_of))
+        return cls(names, [len(rows[name]) for name in names], _whole(order), _whole(slot_of))
 
     def only(self, positions: Sequence[int]) -> Groups:
         """Return the groups at these positions as a batch of their own, already sorted."""
@@ -62,7 +62,7 @@ class Groups:
         if key in self._parts and not torch.compiler.is_compiling():
             return self._parts[key]
         sizes = [self.sizes[position] for position in positions]
-        (order,) = _whole(range(sum(sizes)))
+        order = _whole(range(sum(sizes)))
         part = Groups([self.names[position] for position in positions], sizes, order, order)
         if not torch.compiler.is_compiling():
             self._parts[key] = part
@@ -114,7 +114,7 @@ class Groups:
         for position in positions:
             start, own = starts[position], self.sizes[position]
             slots += [*range(start, start + own), *[start + own - 1] * (size - own)]
-        return self.order if slots == list(range(len(self.order))) else self.order[_whole(slots)[0]]
+        return self.order if slots == list(range(len(self.order))) else self.order[_whole(slots)]
 
     def _outputs(self, parts: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
         """Return for each row where it is in the outputs of the parts, one after the other."""
@@ -129,7 +129,7 @@ class Groups:
 
     def _by_slot(self, numbers: Sequence[int]) -> Tensor:
         """Return for each row the number that its slot has."""
-        return _whole(numbers)[0][self.slot_of]
+        return _whole(numbers)[self.slot_of]
 
     def _starts(self) -> list[int]:
         return [0, *itertools.accumulate(self.sizes)][:-1]
@@ -245,7 +245,7 @@ def split_rows(x: Tensor, groups: Groups, run: Callable[[str, Tensor], Any]) -> 
     return groups.join(parts, [0] * len(parts), outputs)
 
 
-def _whole(*numbers: Sequence[int]) -> list[Tensor]:
+def _whole(numbers: Sequence[int]) -> Tensor:
     # On the CPU also within a `with torch.device(...)` block, and fit for a backward.
     with torch.inference_mode(False):  # noqa: FBT003 - the compiler takes no keyword
-        return [torch.tensor(list(each), dtype=torch.long, device="cpu") for each in numbers]
+        return torch.tensor(list(numbers), dtype=torch.long, device="cpu")

@@ -22,8 +22,8 @@ from tunerkit.errors import (
 from tunerkit.fast_path import set_fast_paths
 from tunerkit.hook_calls import HookCalls, declared_method, overrides_hooks
 from tunerkit.journal import Journal
-from tunerkit.layer import BaseTunerLayer, cast_up, layers_in, original
-from tunerkit.modules import parameters_in, tensors_in
+from tunerkit.layer import BaseTunerLayer, layers_in, original
+from tunerkit.modules import cast_up, parameters_in, tensors_in
 from tunerkit.modules_to_save import put_copies, tied_copies
 from tunerkit.names import RESERVED_NAMES, expose, withdraw
 from tunerkit.naming import check_adapter_name, listing, method_id
@@ -192,7 +192,7 @@ class BaseTuner(HookCalls, RoutedModel):
                 model.__dict__[REPLICATION] = self.replication
             plan = self.plan(config, state_dict)
             face = self._face_for(config)
-            part = self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage, cast=autocast_adapter_dtype)
+            part = self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage)
             layers = attach(
                 face._create_and_replace,
                 plan,
@@ -203,7 +203,6 @@ class BaseTuner(HookCalls, RoutedModel):
                 layer_class=face.tuner_layer_cls,
                 via_hook=not overrides_hooks(type(face)),
                 meta=low_cpu_mem_usage,
-                cast=autocast_adapter_dtype,
             )
             # Copies are of the base model's own, without the biases that another adapter trains.
             shown = self.biases.shown
@@ -215,6 +214,7 @@ class BaseTuner(HookCalls, RoutedModel):
                 self.biases = Biases(adapter_name, which, model)
             self.peft_config[adapter_name] = plan.config
             model.__dict__["peft_config"] = self.peft_config
+            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             self._activate_new(layers, adapter_name, frozen=plan.config.inference_mode)
             set_fast_paths(model, journal, disabled=self.disabled)
             # A warning may be made an error, and then the adapter is not put in.
@@ -228,11 +228,11 @@ class BaseTuner(HookCalls, RoutedModel):
             for sentence in plan.ties:
                 warnings.warn(TyingWarning(sentence), stacklevel=2)
 
-    def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool, cast: bool) -> Part | None:
+    def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool) -> Part | None:
         declared = _declared(face, plan.config)
         if declared is None or declared.part is None or not declared.adapters:
             return None
-        part = make_part(declared.part, plan, declared.kinds, meta=meta, cast=cast)
+        part = make_part(declared.part, plan, declared.kinds, meta=meta)
         self.parts[name] = part
         expose(self, self.parts, name)  # type: ignore[arg-type]
         return part
@@ -375,7 +375,7 @@ def tuner_of(model: nn.Module, *, adapted: bool = False) -> BaseTuner:
         UnknownAdapterError: It has to have adapters, and has none.
     """
     tuner = find_tuner(model)
-    if tuner is None and adapted and not bool(layers_in(model)):
+    if tuner is None and adapted and not layers_in(model):
         msg = f"The model ({type(model).__name__}) has no adapters. Attach one with get_peft_model(model, config)."
         raise UnknownAdapterError(msg)
     return tuner or BaseTuner.around(original(model))

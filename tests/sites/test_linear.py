@@ -12,6 +12,9 @@ from torch.nn.utils import parametrizations, parametrize, weight_norm
 from tunerkit import sites
 from tunerkit.sites import EmbeddingSite, LinearSite, TransposedLinearSite, make_site
 
+HOOKS = [f"register_{when}_hook" for when in ("forward", "forward_pre", "full_backward", "full_backward_pre")]
+GLOBAL_HOOKS = [name.replace("register_", "register_module_") for name in HOOKS]
+
 
 class Own(nn.Linear):
     def forward(self, x):
@@ -47,21 +50,13 @@ class TestRun:
         y = make_site(layer).run(torch.randn(3, 5, dtype=torch.bfloat16), torch.randn(4, 5), torch.randn(4))
         assert y.dtype is torch.bfloat16
 
-    @pytest.mark.parametrize(
-        ("register", "count"),
-        [
-            ("register_forward_hook", 1),
-            ("register_forward_pre_hook", 1),
-            ("register_full_backward_hook", 1),
-            ("register_full_backward_pre_hook", 1),
-        ],
-    )
-    def test_hooks(self, kind, bias, register, count):
+    @pytest.mark.parametrize("register", HOOKS)
+    def test_hooks(self, kind, bias, register):
         layer, seen = kind(5, 4, bias=bias), []
         getattr(layer, register)(lambda *_: seen.append(1))
         x = torch.randn(3, 5, requires_grad=True)
         make_site(layer).run(x, torch.randn(4, 5), None).sum().backward()
-        assert len(seen) == count
+        assert seen == [1]
 
     def test_arguments_that_the_layer_does_not_take(self, kind, bias):
         layer = kind(5, 4, bias=bias)
@@ -69,14 +64,6 @@ class TestRun:
             make_site(layer).run(torch.randn(3, 5), layer.weight, None, 2)
         with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
             make_site(layer).run(torch.randn(3, 5), layer.weight, None, scale=2)
-
-
-GLOBAL_HOOKS = [
-    "register_module_forward_hook",
-    "register_module_forward_pre_hook",
-    "register_module_full_backward_hook",
-    "register_module_full_backward_pre_hook",
-]
 
 
 def halves_its_weight(layer):
@@ -127,15 +114,7 @@ class TestCall:
             handle.remove()
         assert seen == [layer]
 
-    @pytest.mark.parametrize(
-        "register",
-        [
-            "register_forward_hook",
-            "register_forward_pre_hook",
-            "register_full_backward_hook",
-            "register_full_backward_pre_hook",
-        ],
-    )
+    @pytest.mark.parametrize("register", HOOKS)
     def test_hooks_that_come_and_go(self, register):
         layer, seen, x = nn.Linear(5, 4), [], torch.randn(3, 5, requires_grad=True)
         site = make_site(layer)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tunerkit.checkpoint.encoding import NAMES
 from tunerkit.checkpoint.folder import check_file, unreadable
 from tunerkit.checkpoint.header import METADATA, broken, read_header
 from tunerkit.errors import CheckpointError
@@ -21,18 +22,11 @@ if TYPE_CHECKING:
 CHUNK = 4 << 20
 """How many bytes are copied at once."""
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {NAMES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 """What can be folded into, by safetensors' names."""
 
-DTYPES = {
-    **FLOATS,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+DTYPES = {**FLOATS, **{NAMES[dtype]: dtype for dtype in _WHOLE}}
 """What can be written in place of a tensor. Those of other dtypes are copied as bytes, so nothing needs to know them.
 """
 

@@ -73,6 +73,7 @@ __all__ = [
 
 _PLAIN: tuple[type[LowRankAdapter], ...] = (LoraAdapter, LoraEmbedding, LoraConvolution, LoraAttention, LoraExperts)
 _DORA: tuple[type[LowRankAdapter], ...] = (DoraLinear, DoraEmbedding, DoraConvolution)
+_WITH_DORA = (*_DORA, *_PLAIN)
 
 method = Method(
     config=LoraConfig, adapter=(*_PLAIN, AnchoredLora, *_DORA, AnchoredDora), tuner=LoraModel, tags=("lora",)
@@ -99,9 +100,4 @@ def _adapter_class(site: Site, config: LoraConfig) -> type[LowRankAdapter]:
         return LoraAttention if site.kind == "attention" else LoraOutputProjection
     if site.kind == "linear" and config.is_anchored:
         return AnchoredDora if config.use_dora else AnchoredLora
-    for adapter in _DORA if config.use_dora else ():
-        if site.kind in adapter.kinds:
-            return adapter
-    if site.kind in LoraAdapter.kinds:
-        return LoraAdapter
-    return next(adapter for adapter in _PLAIN if site.kind in adapter.kinds)
+    return next(adapter for adapter in (_WITH_DORA if config.use_dora else _PLAIN) if site.kind in adapter.kinds)
