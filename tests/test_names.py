@@ -421,6 +421,8 @@ class TestClashes:
     @pytest.mark.parametrize("entry", ["base_layer", "weight", "bias", "merged_adapters", "_stack", "set_adapter"])
     def test_an_entry_that_is_taken(self, entry):
         class Clash(Adapter):
+            entries = (entry,)
+
             def __init__(self, site, config):
                 super().__init__(site, config)
                 self._parameters[entry] = nn.Parameter(site.ones(1))
@@ -432,6 +434,8 @@ class TestClashes:
 
     def test_what_the_base_layer_has_is_no_obstacle(self):
         class Columns(Adapter):
+            entries = ("in_features",)
+
             def __init__(self, site, config):
                 super().__init__(site, config)
                 self.in_features = nn.Parameter(site.ones(1))

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from tunerkit.errors import AdapterStateError
+from tunerkit.errors import AdapterStateError, PluginError
 from tunerkit.layer import BaseTunerLayer, is_layer
 from tunerkit.lean import begin
 from tunerkit.modules import cast_up, frozen_keys, parameters_in, set_trains, state_of, tensors_in
-from tunerkit.names import expose, withdraw
+from tunerkit.names import entries_of, expose, withdraw
 from tunerkit.naming import listing
 
 if TYPE_CHECKING:
@@ -125,8 +125,24 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             adapter: The adapter.
             method: The id of its method.
             layer_class: The method's layer class, whose own calls this layer then answers too.
+
+        Raises:
+            PluginError: The adapter holds tensors under names that its class does not declare, or this layer has.
         """
-        adapter.__dict__.update(_method=method, _layer_class=layer_class, _frozen=frozen_keys(adapter))
+        for entry in entries_of(adapter):
+            if entry not in adapter.entries:
+                msg = (
+                    f"The adapter class {type(adapter).__name__} of {method!r} holds tensors under {entry!r}, which "
+                    f"its `entries` {adapter.entries} does not name. Add it, so that checkpoints can be matched."
+                )
+                raise PluginError(msg)
+        tensors, device = tensors_in(adapter), self._site.device
+        for tensor in tensors:
+            if tensor.device != device and not tensor.is_meta:
+                tensor.data = tensor.data.to(device)  # it was made without asking the site
+        state = adapter.__dict__
+        state["_method"], state["_layer_class"] = method, layer_class
+        state["_frozen"] = frozen_keys(adapter, tensors)
         if adapter.training != self.training:
             adapter.train(self.training)
         self._adapters[name] = adapter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from tunerkit.defaults import site_of
 from tunerkit.errors import PluginError, UnsupportedSiteError
 from tunerkit.layer import BaseTunerLayer, is_layer
 from tunerkit.modules import frozen_keys, modules_in, tensors_in
-from tunerkit.names import entries_of, withdraw
+from tunerkit.names import withdraw
 from tunerkit.naming import method_id
 from tunerkit.patterns import hold_settings
 from tunerkit.sites import make_on_meta, make_site
@@ -60,14 +59,10 @@ def attach(
     layers: list[BaseTunerLayer] = []
     adapters: dict[str, object] = {}
     for planned in plan.targets:
-        target = _as_it_stands(planned)
+        target = planned if planned.parameter_name is None else _as_it_stands(planned)
         parent, child = target.places[0]
         journal.note_module(parent)
-        for module in _reachable(target.module):
-            if isinstance(module, AdaptedLayer):
-                # Undone last, when the adapters are those of before: the entries name those that have buffers unsaved.
-                journal.note(withdraw, module, module._adapters)
-            journal.note_module(module)
+        _note_reachable(target.module, journal)
         asked = plan.config, name, target.module, child, parent, target.name, target.parameter_name
         made = make_on_meta(functools.partial(create, *asked)) if meta else create(*asked)
         adapters[target.name] = made
@@ -90,15 +85,18 @@ def _as_it_stands(target: Target) -> Target:
     """Return a target with what is at its place now: for a parameter, the layer that adapts another of its module."""
     parent, child = target.places[0]
     now = parent._modules[child]
-    return target if target.parameter_name is None or now is None else dataclasses.replace(target, module=now)
+    return target if now is None else target._replace(module=now)
 
 
-def _reachable(module: nn.Module) -> Iterator[nn.Module]:
-    """Go through what a method may change at a target; the core's own layers keep the adapters apart from it."""
+def _note_reachable(module: nn.Module, journal: Journal) -> None:
+    """Note what a method may change at a target; the core's own layers keep the adapters apart from it."""
     while type(module) is AdaptedLayer:
-        yield module
+        # Undone last, when the adapters are those of before: the entries name those that have buffers unsaved.
+        journal.note(withdraw, module, module._adapters)
+        journal.note_module(module)
         module = module._modules["base_layer"]  # type: ignore[assignment]
-    yield from modules_in(module) if module._modules else (module,)
+    for one in modules_in(module) if module._modules else (module,):
+        journal.note_module(one)
 
 
 def make_part(kind: type[Part], plan: Plan, kinds: frozenset[str], *, meta: bool) -> Part:
@@ -107,7 +105,7 @@ def make_part(kind: type[Part], plan: Plan, kinds: frozenset[str], *, meta: bool
     sites = [site_of(target.module, target.name, target.parameter_name, kinds, method) for target in plan.targets]
     make = functools.partial(kind, sites, plan.config)
     part = make_on_meta(make) if meta else make()
-    part.__dict__["_frozen"] = frozen_keys(part)
+    part.__dict__["_frozen"] = frozen_keys(part, tensors_in(part))
     return part
 
 
@@ -122,7 +120,8 @@ def _put_in_place(
         )
         raise PluginError(msg)
     layer = target.module
-    if not isinstance(layer, AdaptedLayer) or layer.parameter_name != target.parameter_name:
+    # `is_layer` first: whether it is an AdaptedLayer is answered in Python.
+    if not (is_layer(layer) and isinstance(layer, AdaptedLayer) and layer.parameter_name == target.parameter_name):
         site = make_site(layer, target.name, target.parameter_name)
         if site is None:
             msg = (
@@ -138,24 +137,9 @@ def _put_in_place(
             f"adapter must have a merged form, and this one has none ({adapter.unfoldable})."
         )
         raise UnsupportedSiteError(msg)
-    _place_tensors(adapter, layer.site.device, method)
     layer.add_adapter(name, adapter, method, layer_class)
     parent._modules[child] = layer
     return layer
-
-
-def _place_tensors(adapter: Adapter, device: Any, method: str) -> None:
-    """Move tensors that were made without asking the site to its device; check that all of them have declared names."""
-    for entry in entries_of(adapter):
-        if entry not in adapter.entries:
-            msg = (
-                f"The adapter class {type(adapter).__name__} of {method!r} holds tensors under {entry!r}, which "
-                f"its `entries` {adapter.entries} does not name. Add it, so that checkpoints can be matched."
-            )
-            raise PluginError(msg)
-    for tensor in tensors_in(adapter):
-        if tensor.device != device and not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
 
 
 def _find_what_was_done(made: object, target: Target, name: str, method: str, *, via_hook: bool) -> BaseTunerLayer:

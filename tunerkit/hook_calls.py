@@ -9,6 +9,7 @@ from tunerkit.plugins import LoadedMethod, get_method
 
 if TYPE_CHECKING:
     import re
+    from collections.abc import Callable
 
     from torch import nn
 
@@ -20,14 +21,12 @@ class HookCalls:
     """What a tuner asks a method, each by a method that a method's own class may override."""
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        return self._method_of(peft_config).ask(  # type: ignore[no-any-return]
-            "_prepare_adapter_config", peft_config=peft_config, model_config=model_config
-        )
+        answer = self._method_of(peft_config).caller("_prepare_adapter_config")
+        return answer(peft_config, model_config)  # type: ignore[no-any-return]
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> str | re.Match[str] | bool | None:
-        return self._method_of(peft_config).ask(  # type: ignore[no-any-return]
-            "_check_target_module_exists", peft_config=peft_config, key=key
-        )
+        answer = self._method_of(peft_config).caller("_check_target_module_exists")
+        return answer(peft_config, key)  # type: ignore[no-any-return]
 
     def _create_and_replace(
         self,
@@ -39,16 +38,19 @@ class HookCalls:
         current_key: str,
         parameter_name: str | None = None,
     ) -> Adapter | nn.Module | bool | None:
-        return self._method_of(peft_config).ask(  # type: ignore[no-any-return]
-            "_create_and_replace",
-            peft_config=peft_config,
-            adapter_name=adapter_name,
-            target=target,
-            target_name=target_name,
-            parent=parent,
-            current_key=current_key,
-            parameter_name=parameter_name,
+        answer = self._method_of(peft_config).caller("_create_and_replace")
+        return answer(  # type: ignore[no-any-return]
+            peft_config, adapter_name, target, target_name, parent, current_key, parameter_name
         )
+
+    def caller(self, name: str, config: PeftConfig) -> Callable[..., Any]:
+        """Return what answers for a config's method under a hook's name, to be called for each module of a model.
+
+        It takes the hook's arguments in their order.
+        """
+        if getattr(type(self), name) is not getattr(HookCalls, name):
+            return getattr(self, name)  # type: ignore[no-any-return]
+        return self._method_of(config).caller(name)
 
     def _method_of(self, config: PeftConfig) -> LoadedMethod:
         return get_method(str(config.peft_type))

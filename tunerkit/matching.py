@@ -10,6 +10,8 @@ from tunerkit.errors import TargetError
 from tunerkit.targeting import LayerChoice, endings, match_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tunerkit.config import PeftConfig
     from tunerkit.modules_to_save import WholeModules
 
@@ -21,7 +23,7 @@ class Chooser(Protocol):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig: ...
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> str | re.Match[str] | bool | None: ...
+    def caller(self, name: str, config: PeftConfig) -> Callable[..., Any]: ...
 
 
 class Matcher:
@@ -29,7 +31,7 @@ class Matcher:
 
     def __init__(self, config: PeftConfig, chooser: Chooser, whole: WholeModules) -> None:
         self.config = config
-        self.chooser = chooser
+        self.check = chooser.caller("_check_target_module_exists", config)
         self.whole = whole
         self.only: set[str] | None = None
         self.excluded = getattr(config, "exclude_modules", None)
@@ -42,6 +44,7 @@ class Matcher:
                 _check_pattern(setting, wanted)
             counter.update(dict.fromkeys([wanted] if isinstance(wanted, str) else sorted(wanted or ()), 0))
         self.entries.update(dict.fromkeys(sorted(self.parameters), 0))
+        self.has_paths = any("." in entry for entry in (*self.entries, *self.exclusions))
         self.choice = LayerChoice.of(config)
         self.layers: Counter[int | str] = Counter()
         if self.choice is not None:
@@ -74,7 +77,7 @@ class Matcher:
             return ("excluded", f"in {holder!r}, which is copied") if meant else ("not matched", "")
         if self.only is not None:
             return ("adapted", "in the state dict") if key in self.only else ("not matched", "")
-        found = self.chooser._check_target_module_exists(self.config, key)
+        found = self.check(self.config, key)
         if found:
             self._count_layer(key)
             return "adapted", self._count(self.entries, found, key)
@@ -99,15 +102,14 @@ class Matcher:
         if self.choice is not None:
             self.layers.update(name for name in self.choice.find(key) or () if name in self.layers)
 
-    @staticmethod
-    def _count(counter: Counter[str], found: str | re.Match[str] | bool, key: str) -> str:
+    def _count(self, counter: Counter[str], found: str | re.Match[str] | bool, key: str) -> str:
         if isinstance(found, bool):
             counter.clear()  # an overriding method that only says yes leaves nothing to count
             return "matched"
         entry = found if isinstance(found, str) else found.re.pattern
         counter[entry] += 1
         # What was found is one of the entries that mean the module; the others have not matched nothing.
-        for ending in endings(key):
+        for ending in endings(key) if self.has_paths else (key.rpartition(".")[2],):
             if ending in counter and ending != entry:
                 counter[ending] += 1
         return repr(entry)

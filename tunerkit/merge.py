@@ -217,7 +217,7 @@ def unwrap(model: nn.Module, journal: Journal, *, only_empty: bool = False) -> N
         journal: Where each step is noted before it is taken.
         only_empty: Only where a layer holds no adapter any more.
     """
-    for _, module, parent, name in list(places(model)):
+    for _, module, parent, name in places(model):
         holder, child, layer = parent, name, module
         while isinstance(layer, BaseTunerLayer):
             base = getattr(layer, layer.base_name)

@@ -126,8 +126,14 @@ def remove_hooks(hooks: Iterable[Hook]) -> None:
         module._forward_hooks.pop(number, None)
 
 
-def frozen_keys(module: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters of a module, and of those below it, that do not train."""
-    if all(parameter.requires_grad for parameter in parameters_in(module)):
-        return _NONE
-    return frozenset(key for key, parameter in module.named_parameters() if not parameter.requires_grad)
+def frozen_keys(module: nn.Module, tensors: Iterable[Tensor]) -> frozenset[str]:
+    """Return the names of the parameters of a module, and of those below it, that do not train.
+
+    Args:
+        module: The module.
+        tensors: What `tensors_in` returns for it.
+    """
+    for tensor in tensors:
+        if not tensor.requires_grad:
+            return frozenset(key for key, parameter in module.named_parameters() if not parameter.requires_grad)
+    return _NONE

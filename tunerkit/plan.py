@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunerkit.advice import closest_to, nothing_matched
 from tunerkit.config import PeftConfig
@@ -41,8 +40,7 @@ if TYPE_CHECKING:
     from tunerkit.tying import Shared
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What was decided for one module, or for one parameter of it."""
 
     name: str
@@ -51,8 +49,7 @@ class Decision:
     reason: str
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A module that is to be adapted, with every place at which it stands.
 
     `tied_to` is the name of the target, earlier in the plan, with whose adapter its own is to share the tensors.
@@ -170,7 +167,7 @@ def make_plan(
     config = _prepared(chooser, config, model_config)
     if wants_all_linear(config):
         config.target_modules = _all_linear(model, config)  # type: ignore[attr-defined]
-    here = list(places(model))
+    here = places(model)
     whole = WholeModules(here, config)
     matcher = Matcher(config, chooser, whole)
     if state_keys is not None:
@@ -255,7 +252,7 @@ def _note(
         # What stands at several places gets one adapter, put at those of its places that are meant.
         known = targets[spot]
         if verdict == "adapted" and (parent, name) not in known.places:
-            targets[spot] = dataclasses.replace(known, places=(*known.places, (parent, name)))
+            targets[spot] = known._replace(places=(*known.places, (parent, name)))
         return
     if verdict == "adapted":
         targets[spot] = Target(key, module, ((parent, name),), parameter)
@@ -294,10 +291,10 @@ def _tie(
             whole.check_free(key)
             reason = f"shares its weight with {listing(other for other, _, _, _ in group if other != key)}"
             found = next(index for index, one in enumerate(decisions) if one.name == key)
-            decisions[found] = dataclasses.replace(decisions[found], verdict="adapted", reason=reason)
+            decisions[found] = decisions[found]._replace(verdict="adapted", reason=reason)
             targets[id(bare(module)), None] = Target(key, module, ((parent, name),))
     for spot in others:  # after what they are tied to
-        targets[spot] = dataclasses.replace(targets.pop(spot), tied_to=targets[first].name)
+        targets[spot] = targets.pop(spot)._replace(tied_to=targets[first].name)
 
 
 def _prepared(chooser: Chooser, config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:

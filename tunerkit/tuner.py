@@ -194,7 +194,7 @@ class BaseTuner(HookCalls, RoutedModel):
             face = self._face_for(config)
             part = self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage)
             layers = attach(
-                face._create_and_replace,
+                face.caller("_create_and_replace", plan.config),
                 plan,
                 adapter_name,
                 self.owner,

@@ -275,10 +275,11 @@ class TestHooks:
         foo, bar = plugins.get_method("foo"), plugins.get_method("bar")
         for method in (foo, bar):
             arguments = {"peft_config": None, "key": "q"}
-            answer = method.ask("_check_target_module_exists", **arguments)
+            answer = method.caller("_check_target_module_exists")(*arguments.values())
             assert answer == method.hook._check_target_module_exists(**arguments)
         arguments = {"peft_config": 1, "model_config": {}}
-        assert bar.ask("_prepare_adapter_config", **arguments) == bar.hook._prepare_adapter_config(**arguments)
+        answer = bar.caller("_prepare_adapter_config")(*arguments.values())
+        assert answer == bar.hook._prepare_adapter_config(**arguments)
 
     def test_a_hook_that_comes_later_is_called_too(self, environment):
         class Later:
@@ -290,9 +291,9 @@ class TestHooks:
             "tunerkit-foo", after="\n@hookimpl\ndef _check_target_module_exists(key):\n    return key\n"
         )
         foo = plugins.get_method("foo")
-        assert foo.ask("_check_target_module_exists", peft_config=None, key="q") == "q"
+        assert foo.caller("_check_target_module_exists")(None, "q") == "q"
         foo.manager.register(Later())
-        assert foo.ask("_check_target_module_exists", peft_config=None, key="q") == ["q", "later"]
+        assert foo.caller("_check_target_module_exists")(None, "q") == ["q", "later"]
 
     def test_a_wrapper_of_the_plugin_gets_the_default(self, environment):
         environment.install("tunerkit-foo", after=WRAPPER)

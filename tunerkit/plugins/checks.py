@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,7 @@ def check_hooks(plugin: object, *, only_wrappers: bool = False) -> None:
         raise PluginError(msg) from error
 
 
+@functools.cache
 def hook_arguments() -> dict[str, list[str]]:
     """Return the hooks and the names of their arguments."""
     relay = vars(new_manager().hook)

@@ -23,6 +23,8 @@ from tunerkit.plugins.choice import choose, conflict, is_same, known
 from tunerkit.plugins.discovery import Offer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pluggy
 
     from tunerkit.plugins.method import Method
@@ -55,13 +57,17 @@ class LoadedMethod:
         """The hooks, to be called with keyword arguments."""
         return self.manager.hook
 
-    def ask(self, name: str, **arguments: Any) -> Any:
-        """Call a hook with all of its arguments; where one function answers it, that function: a plan asks a lot."""
+    def caller(self, name: str) -> Callable[..., Any]:
+        """Return a hook as a function of all of its arguments, in their order, that is called many times.
+
+        Where one function answers, it is called without pluggy's loop.
+        """
         hook: pluggy.HookCaller = getattr(self.manager.hook, name)
-        answers = hook.get_hookimpls()
+        names, answers = hook_arguments()[name], hook.get_hookimpls()
         if len(answers) > 1 or answers[0].wrapper or answers[0].hookwrapper:
-            return hook(**arguments)
-        return answers[0].function(*[arguments[argument] for argument in answers[0].argnames])
+            return lambda *arguments: hook(**dict(zip(names, arguments, strict=True)))
+        function, taken = answers[0].function, [names.index(argument) for argument in answers[0].argnames]
+        return lambda *arguments: function(*[arguments[place] for place in taken])
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return get_method, (self.id,)
