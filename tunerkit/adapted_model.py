@@ -63,9 +63,14 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     _trained_parts: list[nn.Parameter]
 
     @classmethod
-    def around(cls, model: nn.Module) -> Self:
-        """Return a tuner around a model as it is, with whatever adapters were put in before; nothing is changed."""
-        layers = layers_in(model)
+    def around(cls, model: nn.Module, layers: Sequence[BaseTunerLayer] | None = None) -> Self:
+        """Return a tuner around a model as it is, with whatever adapters were put in before; nothing is changed.
+
+        Args:
+            model: The model.
+            layers: Its layers with adapters, if they are known.
+        """
+        layers = layers_in(model) if layers is None else layers
         owners = [layer._owner for layer in layers if layer.follows_routes]
         tuner = cls.__new__(cls)
         nn.Module.__init__(tuner)
@@ -369,7 +374,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter can be turned into a low-rank one on all its layers."""
-        layers = [layer for layer in self.layers() if layer.targeted and adapter_name in layer.available_adapters]
+        layers = [layer for layer in self.layers() if layer.targeted and layer.holds(adapter_name)]
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     # nn.Module

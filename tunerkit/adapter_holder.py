@@ -110,6 +110,10 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         """The names of all adapters of the layer, sorted."""
         return sorted(self._adapters)
 
+    def holds(self, name: str) -> bool:
+        """Return whether the layer has an adapter."""
+        return name in self._adapters
+
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """The names of the entries that hold the adapters' tensors."""

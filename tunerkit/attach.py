@@ -146,7 +146,7 @@ def _find_what_was_done(made: object, target: Target, name: str, method: str, *,
     parent, child = target.places[0]
     now: object = parent._modules.get(child)
     replaced = now is not target.module
-    if is_layer(now) and name in now.available_adapters:
+    if is_layer(now) and now.holds(name):
         if not via_hook or made is now:
             return now
         msg = (

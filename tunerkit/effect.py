@@ -37,7 +37,7 @@ def check_effect(tuner: BaseTuner, name: str, source: str) -> None:
         NoEffectError: It changes nothing.
         CheckpointError: The base model's weights are not there, so it cannot be said.
     """
-    layers = [layer for layer in tuner.layers() if name in layer.available_adapters]
+    layers = [layer for layer in tuner.layers() if layer.holds(name)]
     if any(tensor.is_meta for layer in layers for tensor in layer.get_base_layer().parameters()):
         msg = (
             f"{source} cannot be verified: the base model is on the meta device, so there is nothing that the adapter "

@@ -168,7 +168,7 @@ def prepare_model_for_compiled_hotswap(
 
 def _layers_to_swap(tuner: BaseTuner, name: str, config: PeftConfig) -> list[tuple[str, AdaptedLayer]]:
     """Return the layers that hold the adapter, by path, if all of it can be swapped for one with this config."""
-    found = [(path, layer) for path, layer in tuner_layers(tuner.model) if name in layer.available_adapters]
+    found = [(path, layer) for path, layer in tuner_layers(tuner.model) if layer.holds(name)]
     if not found:
         known = sorted({known for layer in tuner.layers() for known in layer.available_adapters})
         msg = f"The model has no adapter {name!r} to swap; it has {listing(known)}. Load one with load_adapter()."
@@ -229,7 +229,7 @@ def _beside_layers(tuner: BaseTuner, name: str) -> list[Piece]:
     copies = [
         piece_of(path, layer, name, PREFIX)
         for path, layer in tuner_layers(tuner.model)
-        if isinstance(layer, CopiedModule) and name in layer.available_adapters
+        if isinstance(layer, CopiedModule) and layer.holds(name)
     ]
     return copies + (tuner.biases.pieces() if tuner.biases.name == name else [])
 

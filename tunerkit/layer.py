@@ -123,6 +123,10 @@ class BaseTunerLayer(metaclass=MethodMeta):
                 names.update(found.keys())  # type: ignore[union-attr]
         return sorted(names)
 
+    def holds(self, name: str) -> bool:
+        """Return whether the layer has an adapter."""
+        return name in self.available_adapters
+
     def get_base_layer(self) -> nn.Module:
         """Return the layer below all adapters, also where one such layer wraps another."""
         layer: Any = self
@@ -259,7 +263,7 @@ class BaseTunerLayer(metaclass=MethodMeta):
 
         If it was the only active one, the first of the others by name becomes active, with a warning.
         """
-        if adapter_name not in self.available_adapters:
+        if not self.holds(adapter_name):
             return
         self._remove(adapter_name)
         active = [name for name in self.active_adapters if name != adapter_name]

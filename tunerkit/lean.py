@@ -60,8 +60,9 @@ class Linear(LeanModule, nn.Linear):
     """An `nn.Linear` that holds a ready-made weight; see `tunerkit.adapter.linear`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -> None:
-        super().__init__()
-        state, own = self.__dict__, self._parameters
+        _begin_lean(self)
+        state = self.__dict__
+        own = state["_parameters"]
         state["out_features"], state["in_features"] = weight.shape
         own["weight"] = nn.Parameter(weight, requires_grad=trains)
         own["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=trains)

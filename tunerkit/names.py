@@ -113,8 +113,9 @@ class EntryModule(LeanModule):
 
     def __init__(self, adapters: dict[str, nn.Module], entry: str) -> None:
         super().__init__()
+        state = self.__dict__
         for kind in _KINDS:
-            self.__dict__[kind] = EntryView(adapters, kind, entry)
+            state[kind] = EntryView(adapters, kind, entry)
 
     def _view_of(self, name: str) -> EntryView:
         for kind in _KINDS:
@@ -237,8 +238,9 @@ def expose(owner: nn.Module, adapters: dict[str, nn.Module], name: str) -> None:
     adapter = adapters[name]
     entries = entries_of(adapter)
     shown = owner._modules
-    for entry in entries:
-        if type(shown.get(entry)) is not EntryModule and _has(owner, entry):
+    new = [entry for entry in entries if type(shown.get(entry)) is not EntryModule]
+    for entry in new:
+        if _has(owner, entry):
             msg = (
                 f"The adapter class {type(adapter).__name__} holds tensors under {entry!r}, which is an attribute of "
                 f"every {type(owner).__name__}, so they could not be found there. Give the entry another name."
@@ -246,10 +248,9 @@ def expose(owner: nn.Module, adapters: dict[str, nn.Module], name: str) -> None:
             raise PluginError(msg)
     # Children are found without `nn.Module.__getattr__`, which would cost more than all else in a small forward pass.
     adapter.__dict__.update(adapter._modules)
-    for entry in entries:
-        if entry not in shown:
-            shown[entry] = module = EntryModule(adapters, entry)
-            module.__dict__["training"] = owner.training
+    for entry in new:
+        shown[entry] = module = EntryModule(adapters, entry)
+        module.__dict__["training"] = owner.training
     for entry in adapter.__dict__.get("_non_persistent_buffers_set", ()):
         shown[entry]._non_persistent_buffers_set.add(name)  # type: ignore[union-attr]
 

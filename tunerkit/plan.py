@@ -190,7 +190,7 @@ def make_plan(
         if verdict == "adapted":
             whole.check_free(key)
         for target in found:
-            _note(targets, decisions, key, target, (verdict, reason))
+            _note(targets, decisions, key, base, target, (verdict, reason))
     ties = _tied(here, config, targets, decisions, whole)
     by_pattern = any(getattr(config, setting) for setting in config._patterns)
     plan = Plan(
@@ -240,12 +240,12 @@ def _note(
     targets: dict[tuple[int, str | None], Target],
     decisions: list[Decision],
     key: str,
+    base: nn.Module,
     place: Place,
     decided: tuple[Verdict, str],
 ) -> None:
     """Note what was decided for a module, or for a parameter, at one of its places."""
     module, parent, name, parameter = place
-    base = bare(module)
     spot = id(base), parameter
     verdict, reason = decided
     if spot in targets:

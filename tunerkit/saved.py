@@ -96,7 +96,7 @@ class SavedAdapter:
     def _check_no_meta(self, model: nn.Module, name: str, report: LoadReport) -> None:
         tuner = find_tuner(model)
         layers = [layer for layer in tuner.layers() if isinstance(layer, AdaptedLayer)] if tuner is not None else []
-        adapted = [layer for layer in layers if name in layer.available_adapters]
+        adapted = [layer for layer in layers if layer.holds(name)]
         holders = [layer.adapters[name] for layer in adapted]
         parts = [tuner.parts[name]] if tuner is not None and name in tuner.parts else []
         for holder in (held for held in (*holders, *parts) if any(tensor.is_meta for tensor in tensors_in(held))):

@@ -83,11 +83,11 @@ class BaseTuner(HookCalls, RoutedModel):
     ) -> None:
         super().__init__()
         config, name = chosen_config(peft_config, check_adapter_name(adapter_name, RESERVED_NAMES))
-        self.__dict__.update(BaseTuner.around(model).__dict__)
-        adapted = bool(layers_in(model))
+        layers = layers_in(model)
+        self.__dict__.update(BaseTuner.around(model, layers).__dict__)
         self.active_adapter: str | list[str] = name
         # A second tuner on the same model finds the base frozen by the first.
-        found = [] if adapted else dict.fromkeys(parameters_in(model))
+        found = [] if layers else dict.fromkeys(parameters_in(model))
         self._were_trainable = [parameter for parameter in found if parameter.requires_grad]
         with Journal() as journal:
             journal.note_module(model)
@@ -173,7 +173,7 @@ class BaseTuner(HookCalls, RoutedModel):
             )
             raise UnknownAdapterError(msg)
         config = self.peft_config[adapter_name]
-        if any(adapter_name in layer.available_adapters for layer in self.layers()):
+        if any(layer.holds(adapter_name) for layer in self.layers()):
             msg = (
                 f"The model already has an adapter {adapter_name!r} beside {listing(self.peft_config)}. Choose another "
                 "name, or take it out first with delete_adapter() or unload()."

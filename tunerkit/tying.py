@@ -27,9 +27,12 @@ def modules_that_share(here: Sequence[ModulePlace]) -> list[Shared]:
         For each such parameter the places of the modules: path, module, parent and name in it. An embedding comes
         first, for that is where the weight is at home.
     """
+    weights = [bare(module)._parameters.get("weight") for _, module, _, _ in here]
+    held = [id(weight) for weight in weights if weight is not None]
+    if len(set(held)) == len(held):
+        return []
     groups: dict[int, Shared] = {}
-    for place in here:
-        weight = bare(place[1])._parameters.get("weight")
+    for place, weight in zip(here, weights, strict=True):
         if weight is not None:
             groups.setdefault(id(weight), []).append(place)
     met = (group for group in groups.values() if len(group) > 1)

@@ -63,7 +63,7 @@ def add_combined(
         tuner.peft_config[adapter_name] = dataclasses.replace(configs[0].copy(), **where, **settings)
         tuner.inject_adapter(tuner.model, adapter_name)
         for path, layer in tuner_layers(tuner.model):
-            if adapter_name not in layer.available_adapters:
+            if not layer.holds(adapter_name):
                 continue
             if isinstance(layer, AdaptedLayer):
                 others = layer.adapters
@@ -147,7 +147,7 @@ def _targets(tuner: BaseTuner, names: list[str], configs: list[PeftConfig]) -> d
 
 def _copy(path: str, layer: BaseTunerLayer, names: list[str], adapter_name: str) -> None:
     """Give the new adapter what one of the others holds in a layer that cannot be combined, such as a copied module."""
-    here = [name for name in names if name in layer.available_adapters]
+    here = [name for name in names if layer.holds(name)]
     if len(here) > 1:
         msg = (
             f"{listing(here)} each hold a {type(layer).__name__} of their own at {path!r}, such as a module that is "

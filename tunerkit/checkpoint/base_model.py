@@ -34,7 +34,7 @@ def base_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, 
 
 def _walk(module: nn.Module, path: str, place: str, name: str) -> Iterator[tuple[str, nn.Module, str]]:
     if isinstance(module, BaseTunerLayer):
-        here = name in module.available_adapters
+        here = module.holds(name)
         if not (here and module.replaces):
             below = f"{path}.{module.base_name}".lstrip(".") if here else path
             yield from _walk(getattr(module, module.base_name), below, place, name)
@@ -62,7 +62,7 @@ def repeated_keys(model: nn.Module, name: str, prefix: str) -> set[str]:
     return {
         f"{file_path(path, prefix)}.{child}.{key}"
         for path, layer in tuner_layers(model)
-        if layer.replaces and name in layer.available_adapters
+        if layer.replaces and layer.holds(name)
         for key in layer.adapter_tensors(name)
         for child in (layer.base_name, *layer.adapter_layer_names)
     }

@@ -52,16 +52,15 @@ class LowRankAdapter(AdditiveAdapter):
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
-        # At once: one by one they cost more than the factors, and a model may have thousands of layers.
-        self.__dict__.update(
-            r=config.rank_for(site.settings_name),
-            lora_alpha=config.alpha_for(site.settings_name),
-            use_rslora=config.use_rslora,
-            lora_dropout=config.lora_dropout,
-            lora_bias=config.lora_bias,
-            has_own_start=config.has_own_start,
-        )
-        self.__dict__["scaling"] = self.initial_scaling
+        # Not by attributes, which would cost more than the factors, and a model may have thousands of layers.
+        state, name = self.__dict__, site.settings_name
+        state["r"] = config.rank_for(name)
+        state["lora_alpha"] = config.alpha_for(name)
+        state["use_rslora"] = config.use_rslora
+        state["lora_dropout"] = config.lora_dropout
+        state["lora_bias"] = config.lora_bias
+        state["has_own_start"] = config.has_own_start
+        state["scaling"] = self.initial_scaling
 
     @property
     def initial_scaling(self) -> float:

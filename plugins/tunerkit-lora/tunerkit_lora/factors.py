@@ -36,9 +36,10 @@ def starting_factors(site: Site, rank: int, scaling: float, config: LoraConfig) 
         first = site.zeros(rank, tokens) if init else site.normal(rank, tokens)
         return first, site.normal(width, rank)
     groups = site.groups
-    shape = rank, site.in_features * groups
+    rows, columns = site.weight.shape
+    shape = rank, columns * groups
     first = site.normal(*shape, std=1 / rank) if init == "gaussian" else site.kaiming_uniform(*shape)
-    shape = site.out_features, rank // groups
+    shape = rows, rank // groups
     return first, site.zeros(*shape) if init else site.kaiming_uniform(*shape)
 
 
