@@ -6,7 +6,6 @@ are undone from the last to the first, and the model is object for object what i
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 import weakref
@@ -38,10 +37,15 @@ _OPEN = _Open()
 _CONTAINERS = (dict, set, list)
 
 
-@functools.cache
-def _is_container(kind: type) -> bool:
-    """Return whether values of a type are containers whose content is noted; asked of each attribute of each module."""
-    return issubclass(kind, _CONTAINERS) and kind is not EntryView
+class _Kinds(dict[type, bool]):
+    """Whether values of a type are containers whose content is noted: asked of each attribute of each module."""
+
+    def __missing__(self, kind: type) -> bool:
+        self[kind] = answer = issubclass(kind, _CONTAINERS) and kind is not EntryView
+        return answer
+
+
+_KINDS = _Kinds()
 
 
 class Journal:
@@ -90,9 +94,10 @@ class Journal:
             return
         state = module.__dict__.copy()
         # Of those that hold something: most are empty, of hooks; and views hold nothing themselves.
-        containers = itertools.compress(state.values(), map(_is_container, map(type, state.values())))
+        containers = itertools.compress(state.values(), map(_KINDS.__getitem__, map(type, state.values())))
         contents = [(value, value.copy()) for value in containers if value]
-        flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
+        own = module._parameters
+        flags = [(p, p.requires_grad) for p in own.values() if p is not None] if own else []
         self._notes.append((_restore_module, (module, state, contents, flags)))
         self._noted.add(id(module))
 
@@ -126,8 +131,7 @@ def _restore_module(
 ) -> None:
     filled = {id(container) for container, _ in contents}
     for value in state.values():
-        kind: type = type(value)
-        if _is_container(kind) and id(value) not in filled:
+        if _KINDS[type(value)] and id(value) not in filled:
             _refill(value, {})
     for container, content in contents:
         _refill(container, content)

@@ -42,7 +42,8 @@ def modules_in(module: nn.Module) -> list[nn.Module]:
     """Return a module and those below it; one that stands at two places comes twice."""
     found = [module]
     for one in found:  # which grows meanwhile
-        for child in one._modules.values():
+        children = one._modules
+        for child in children.values() if children else ():
             if child is not None:
                 found.append(child)  # noqa: PERF401 - most have no children, and then a list is what costs
     return found
@@ -62,11 +63,12 @@ def tensors_in(module: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers of a module and of those below it; one at two places comes twice."""
     found: list[Tensor] = []
     for one in modules_in(module):
-        for value in one._parameters.values():
+        own, buffers = one._parameters, one._buffers
+        for value in own.values() if own else ():
             if value is not None:
                 found.append(value)  # noqa: PERF401 - as above
-        if one._buffers:
-            found += [value for value in one._buffers.values() if value is not None]
+        if buffers:
+            found += [value for value in buffers.values() if value is not None]
     return found
 
 

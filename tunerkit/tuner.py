@@ -214,7 +214,10 @@ class BaseTuner(HookCalls, RoutedModel):
                 self.biases = Biases(adapter_name, which, model)
             self.peft_config[adapter_name] = plan.config
             model.__dict__["peft_config"] = self.peft_config
-            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            if type(self)._cast_adapter_dtype is not BaseTuner._cast_adapter_dtype:
+                self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            elif autocast_adapter_dtype:
+                self._cast_up(layers, adapter_name)  # the same, and the layers are known
             self._activate_new(layers, adapter_name, frozen=plan.config.inference_mode)
             set_fast_paths(model, journal, disabled=self.disabled)
             # A warning may be made an error, and then the adapter is not put in.
@@ -240,10 +243,13 @@ class BaseTuner(HookCalls, RoutedModel):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Make an adapter's tensors float32 where they are of lower precision, those of its part too."""
         if autocast_adapter_dtype:
-            for layer in self.layers():
-                layer.cast_up(adapter_name)
-            if adapter_name in self.parts:
-                cast_up(tensors_in(self.parts[adapter_name]))
+            self._cast_up(self.layers(), adapter_name)
+
+    def _cast_up(self, layers: list[BaseTunerLayer], name: str) -> None:
+        for layer in layers:
+            layer.cast_up(name)
+        if name in self.parts:
+            cast_up(tensors_in(self.parts[name]))
 
     def _activate_new(self, layers: list[BaseTunerLayer], name: str, *, frozen: bool) -> None:
         """Bring a new adapter's layers to the tuner's state; unless it is active, no other adapter's flag changes."""
@@ -254,7 +260,7 @@ class BaseTuner(HookCalls, RoutedModel):
         if name in self.parts:
             self._set_beside(name, trains=False)
         for layer in layers:
-            layer.set_requires_grad(name, requires_grad=False)
+            layer._let_train((name,), [], trains=False)
             if layer.available_adapters == [name]:
                 layer._activate(active)
                 layer.enable_adapters(not self.disabled)

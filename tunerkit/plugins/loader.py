@@ -7,6 +7,7 @@ is kept, and raised whenever that method is asked for.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import sys
 import threading
@@ -66,8 +67,11 @@ class LoadedMethod:
         names, answers = hook_arguments()[name], hook.get_hookimpls()
         if len(answers) > 1 or answers[0].wrapper or answers[0].hookwrapper:
             return lambda *arguments: hook(**dict(zip(names, arguments, strict=True)))
-        function, taken = answers[0].function, [names.index(argument) for argument in answers[0].argnames]
-        return lambda *arguments: function(*[arguments[place] for place in taken])
+        function, places = answers[0].function, [names.index(argument) for argument in answers[0].argnames]
+        if len(places) < 2:  # noqa: PLR2004 - an itemgetter of one gives that itself, not a tuple
+            return lambda *arguments: function(*[arguments[place] for place in places])
+        taken = operator.itemgetter(*places)
+        return lambda *arguments: function(*taken(arguments))
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return get_method, (self.id,)

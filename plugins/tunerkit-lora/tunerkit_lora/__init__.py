@@ -73,7 +73,8 @@ __all__ = [
 
 _PLAIN: tuple[type[LowRankAdapter], ...] = (LoraAdapter, LoraEmbedding, LoraConvolution, LoraAttention, LoraExperts)
 _DORA: tuple[type[LowRankAdapter], ...] = (DoraLinear, DoraEmbedding, DoraConvolution)
-_WITH_DORA = (*_DORA, *_PLAIN)
+_BY_KIND = {kind: adapter for adapter in _PLAIN for kind in adapter.kinds}
+_BY_KIND_WITH_DORA = {**_BY_KIND, **{kind: adapter for adapter in _DORA for kind in adapter.kinds}}
 
 method = Method(
     config=LoraConfig, adapter=(*_PLAIN, AnchoredLora, *_DORA, AnchoredDora), tuner=LoraModel, tags=("lora",)
@@ -100,4 +101,4 @@ def _adapter_class(site: Site, config: LoraConfig) -> type[LowRankAdapter]:
         return LoraAttention if site.kind == "attention" else LoraOutputProjection
     if site.kind == "linear" and config.is_anchored:
         return AnchoredDora if config.use_dora else AnchoredLora
-    return next(adapter for adapter in (_WITH_DORA if config.use_dora else _PLAIN) if site.kind in adapter.kinds)
+    return (_BY_KIND_WITH_DORA if config.use_dora else _BY_KIND)[site.kind]
