@@ -14,6 +14,7 @@ from tunerkit.errors import TyingWarning, UnsupportedSiteError
 from tunerkit.plugins.method import Method
 from tunerkit.targeting import places
 from tunerkit.tying import modules_that_share, remarks_on_ties
+from tunerkit_lora import LoraConfig
 
 
 class Model(nn.Module):
@@ -30,26 +31,39 @@ class Model(nn.Module):
 class TestModulesThatShare:
     def test_the_embedding_comes_first(self):
         model = Model()
-        assert [[place[0] for place in group] for group in modules_that_share(list(places(model)))] == [
+        assert [[place[0] for place in group] for group in modules_that_share(places(model))] == [
             ["embed", "head"]
         ]
 
     def test_a_module_at_two_places_shares_nothing(self):
         model = Model()
         model.head.weight = nn.Parameter(torch.zeros(5, 3))
-        assert modules_that_share(list(places(model))) == []
+        assert modules_that_share(places(model)) == []
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+    def test_a_scripted_module_beside(self, tmp_path):
+        model = nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU())))
+        adapted = get_peft_model(model, LoraConfig(target_modules=["0"], r=2))
+        adapted.add_adapter("other", LoraConfig(target_modules=["0"], r=2, init_lora_weights=False))
+        adapted.set_adapter("other")
+        expected = adapted(torch.ones(1, 3))
+        adapted.save_pretrained(tmp_path)
+        adapted.load_adapter(tmp_path / "other", "third")
+        adapted.set_adapter("third")
+        assert torch.equal(adapted(torch.ones(1, 3)), expected)
+        assert torch.allclose(adapted.merge_and_unload()(torch.ones(1, 3)), expected)
 
 
 class TestRemarks:
     def test_nothing_that_is_changed(self):
-        assert remarks_on_ties(modules_that_share(list(places(Model()))), [], tied=False) == []
+        assert remarks_on_ties(modules_that_share(places(Model())), [], tied=False) == []
         assert remarks_on_ties([], [], tied=True) == [
             "ensure_weight_tying=True ties nothing: nothing that is adapted or saved shares a weight."
         ]
 
     def test_what_is_changed(self):
         model = Model()
-        shared = modules_that_share(list(places(model)))
+        shared = modules_that_share(places(model))
         assert remarks_on_ties(shared, [id(model.head)], tied=True) == []
         (remark,) = remarks_on_ties(shared, [id(model.head)], tied=False)
         assert remark.startswith("'embed', 'head' share a weight, which training only one of them")

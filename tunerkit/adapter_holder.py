@@ -103,7 +103,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
     def get_base_layer(self) -> nn.Module:
         """Return the layer below all adapters, also where one such layer wraps another."""
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
-        return base.get_base_layer() if is_layer(base) else base
+        return base.get_base_layer() if base._modules and is_layer(base) else base
 
     @property
     def available_adapters(self) -> list[str]:

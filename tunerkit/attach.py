@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, Part
@@ -17,7 +17,7 @@ from tunerkit.patterns import hold_settings
 from tunerkit.sites import make_on_meta, make_site
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import nn
 
@@ -120,8 +120,8 @@ def _put_in_place(
         )
         raise PluginError(msg)
     layer = target.module
-    # `is_layer` first: whether it is an AdaptedLayer is answered in Python.
-    if not (is_layer(layer) and isinstance(layer, AdaptedLayer) and layer.parameter_name == target.parameter_name):
+    # What has no children is none, and that needs no answer in Python.
+    if not layer._modules or not isinstance(layer, AdaptedLayer) or layer.parameter_name != target.parameter_name:
         site = make_site(layer, target.name, target.parameter_name)
         if site is None:
             msg = (

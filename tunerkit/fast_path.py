@@ -18,8 +18,6 @@ from tunerkit.sites import AttentionSite, OutputProjectionSite
 from tunerkit.targeting import bare
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tunerkit.journal import Journal
 
 _SWITCHES: tuple[tuple[type[nn.Module], str], ...] = (
@@ -58,14 +56,17 @@ def set_fast_paths(model: nn.Module, journal: Journal, *, disabled: bool) -> Non
                 state[switch] = state.pop(_BEFORE)
 
 
-def _encoders(module: nn.Module) -> Iterator[nn.Module]:
-    """Go through the encoders that a module is and holds; of layers with adapters only the base is entered."""
-    if isinstance(module, _KINDS):
-        yield module
-    for child in module._modules.values():
-        base = None if child is None else bare(child)
-        if base is not None and base._modules:
-            yield from _encoders(base)
+def _encoders(module: nn.Module) -> list[nn.Module]:
+    """Return the encoders that a module is and holds; of layers with adapters only the base is entered."""
+    found, left = [], [module]
+    for one in left:  # which grows meanwhile
+        if isinstance(one, _KINDS):
+            found.append(one)
+        for child in one._modules.values():
+            base = None if child is None else bare(child)
+            if base is not None and base._modules:
+                left.append(base)
+    return found
 
 
 def _must_be_called(encoder: nn.Module) -> bool:

@@ -23,7 +23,8 @@ class Chooser(Protocol):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig: ...
 
-    def caller(self, name: str, config: PeftConfig) -> Callable[..., Any]: ...
+    def caller(self, name: str, config: PeftConfig) -> Callable[..., Any]:
+        """Return what answers under a hook's name, as a function of the hook's arguments in their order."""
 
 
 class Matcher:

@@ -52,23 +52,32 @@ def modules_in(module: nn.Module) -> list[nn.Module]:
 def parameters_in(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module and of those below it; one that stands at two places comes twice."""
     found: list[nn.Parameter] = []
-    for one in modules_in(module):
-        for value in one._parameters.values():
+    left = [module]
+    for one in left:  # as in `modules_in`, and in the same pass
+        own, children = one._parameters, one._modules
+        for value in own.values() if own else ():
             if value is not None:
                 found.append(value)  # noqa: PERF401 - most modules have one or none, and then a list is what costs
+        for child in children.values() if children else ():
+            if child is not None:
+                left.append(child)  # noqa: PERF401 - the same
     return found
 
 
 def tensors_in(module: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers of a module and of those below it; one at two places comes twice."""
     found: list[Tensor] = []
-    for one in modules_in(module):
-        own, buffers = one._parameters, one._buffers
+    left = [module]
+    for one in left:  # as in `modules_in`, and in the same pass
+        own, buffers, children = one._parameters, one._buffers, one._modules
         for value in own.values() if own else ():
             if value is not None:
                 found.append(value)  # noqa: PERF401 - as above
         if buffers:
             found += [value for value in buffers.values() if value is not None]
+        for child in children.values() if children else ():
+            if child is not None:
+                left.append(child)  # noqa: PERF401 - as above
     return found
 
 

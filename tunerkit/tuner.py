@@ -220,16 +220,19 @@ class BaseTuner(HookCalls, RoutedModel):
                 self._cast_up(layers, adapter_name)  # the same, and the layers are known
             self._activate_new(layers, adapter_name, frozen=plan.config.inference_mode)
             set_fast_paths(model, journal, disabled=self.disabled)
-            # A warning may be made an error, and then the adapter is not put in.
-            unmatched = plan.unmatched()
-            if which is not None and not self.biases.kept:
-                unmatched.append(f"bias={which!r} trains nothing, for there is no bias to train")
-            for sentence in unmatched:
-                warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=2)
-            for sentence in plan.corrections:
-                warnings.warn(ConfigWarning(f"{sentence}; it was corrected in the completed config."), stacklevel=2)
-            for sentence in plan.ties:
-                warnings.warn(TyingWarning(sentence), stacklevel=2)
+            self._warn(plan, which)  # a warning may be made an error, and then the adapter is not put in
+
+    def _warn(self, plan: Plan, biases: str | None) -> None:
+        """Say what a user should know of a plan that was carried out, and of the biases that were to be trained."""
+        unmatched = plan.unmatched()
+        if biases is not None and not self.biases.kept:
+            unmatched.append(f"bias={biases!r} trains nothing, for there is no bias to train")
+        for sentence in unmatched:
+            warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=3)
+        for sentence in plan.corrections:
+            warnings.warn(ConfigWarning(f"{sentence}; it was corrected in the completed config."), stacklevel=3)
+        for sentence in plan.ties:
+            warnings.warn(TyingWarning(sentence), stacklevel=3)
 
     def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool) -> Part | None:
         declared = _declared(face, plan.config)

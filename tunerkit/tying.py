@@ -27,7 +27,9 @@ def modules_that_share(here: Sequence[ModulePlace]) -> list[Shared]:
         For each such parameter the places of the modules: path, module, parent and name in it. An embedding comes
         first, for that is where the weight is at home.
     """
-    weights = [bare(module)._parameters.get("weight") for _, module, _, _ in here]
+    held_by = [bare(module)._parameters for _, module, _, _ in here]
+    # Not by `get`, which the parameters of a scripted module do not have.
+    weights = [own["weight"] if "weight" in own else None for own in held_by]  # noqa: SIM401
     held = [id(weight) for weight in weights if weight is not None]
     if len(set(held)) == len(held):
         return []
