@@ -371,7 +371,8 @@ class StoredModel(nn.Module):
             if one.training:
                 trained.append(one)
                 state["training"] = False
-            _add_below(one, found)
+            if type(one) is not EntryModule and one._modules:  # most have no children
+                _add_below(one, found)
 
 
 _PLAIN = frozenset({nn.Module.train, BaseTuner.train, AdaptedLayer.train})

@@ -73,7 +73,7 @@ def test_all_are_in_one_storage(path):
 
 
 @pytest.mark.parametrize("dtype", NAMES, ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 3)])
 def test_every_dtype_and_shape(path, dtype, shape):
     tensors = {"x": torch.ones(shape).to(dtype), "y": torch.ones(4), "z": torch.zeros(shape).to(dtype)}
     assert same_as_safetensors(path, save(tensors)) is not None
@@ -100,6 +100,7 @@ def test_no_tensors(path):
         '{"a":{"dtype":"U8","shape":[true,2],"data_offsets":[0,2]}}',
         '{"a":{"dtype":"U8","shape":[1.0,2],"data_offsets":[0,2]}}',
         '{"a":{"dtype":"U8","shape":[-1,-2],"data_offsets":[0,2]}}',
+        '{"a":{"dtype":"U8","shape":[3,0],"data_offsets":[0,0]}}',
         '{"a":{"dtype":"U8","shape":[0,9223372036854775808],"data_offsets":[0,0]}}',
         '{"a":{"dtype":"U8","shape":[2],"data_offsets":[0.0,2]}}',
         '{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2.0]}}',

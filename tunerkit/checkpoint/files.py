@@ -97,7 +97,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     folder = check_folder(folder)
     path = folder / CONFIG_NAME
     try:
-        finish_save(folder)
+        if _any_pending(folder):
+            finish_save(folder)
     except OSError:
         # Somebody else's folder, or a read-only one: the config is complete all the same, just not under its name.
         path = _pending_config(folder) or path
@@ -197,10 +198,16 @@ def finish_save(folder: Path) -> None:
             pending.replace(folder / CONFIG_NAME)
 
 
+def _any_pending(folder: Path) -> bool:
+    """Return whether a config may wait to be put in place, told without reading what the tensors' file says of itself.
+
+    Raises:
+        OSError: The folder may be entered and not listed.
+    """
+    return any(entry.name.startswith(f"{CONFIG_NAME}.") for entry in folder.iterdir())
+
+
 def _pending_config(folder: Path) -> Path | None:
-    with contextlib.suppress(OSError):  # a folder that may be entered and not listed
-        if not any(entry.name.startswith(f"{CONFIG_NAME}.") for entry in folder.iterdir()):
-            return None  # told without reading a header
     save_id = saved_id(folder)
     pending = folder / temporary(CONFIG_NAME, save_id or "")
     return pending if save_id and pending.exists() else None

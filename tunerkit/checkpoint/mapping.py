@@ -6,10 +6,10 @@ Only a file about which there is no doubt is read so. Any other is left to safet
 from __future__ import annotations
 
 import json
-import mmap
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from tunerkit.checkpoint.encoding import NAMES
@@ -17,6 +17,8 @@ from tunerkit.checkpoint.header import HEADER_SIZE, METADATA
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy.typing as npt
 
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 _LARGEST_HEADER = 100_000_000
@@ -43,19 +45,18 @@ class Mapped(NamedTuple):
 def map_tensors(path: Path) -> Mapped | None:
     """Return what a file holds, or None if it is for safetensors to say that.
 
-    That is so for a file that is broken, or holds a dtype for which torch has no name, a tensor that is not where its
-    dtype can be read, or a name with characters that JSON escapes.
+    That is so for a file that is broken, or holds a dtype for which torch has no name, a tensor without numbers or not
+    where its dtype can be read, or a name with characters that JSON escapes.
 
     Raises:
         OSError: The file cannot be read.
     """
-    with path.open("rb") as file:
-        try:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except ValueError:  # it is empty
-            return None
-    size = int.from_bytes(content[:HEADER_SIZE], "little")
-    raw = content[HEADER_SIZE : HEADER_SIZE + size] if size <= _LARGEST_HEADER else b""
+    try:
+        content = np.memmap(path, np.uint8, mode="c")  # what is written to it does not reach the file
+    except ValueError:  # it is empty
+        return None
+    size = int.from_bytes(content[:HEADER_SIZE].tobytes(), "little")
+    raw = content[HEADER_SIZE : HEADER_SIZE + size].tobytes() if size <= _LARGEST_HEADER else b""
     if len(raw) < size or not raw.startswith(b"{") or b"\\" in raw or sys.byteorder == "big":
         return None
     try:
@@ -64,14 +65,14 @@ def map_tensors(path: Path) -> Mapped | None:
         if any(raw.count(word) != len(header) for word in _ONCE) or raw.count(f'"{METADATA}"'.encode()) > 1:
             return None
         tensors = _views(content, HEADER_SIZE + size, header)
-    except (ArithmeticError, LookupError, RecursionError, RuntimeError, TypeError, ValueError):
+    except (LookupError, RecursionError, TypeError, ValueError):
         return None
     if tensors is None or not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         return None
     return Mapped(dict(sorted(tensors.items())), metadata, raw)
 
 
-def _views(content: mmap.mmap, start: int, header: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+def _views(content: npt.NDArray[np.uint8], start: int, header: dict[str, Any]) -> dict[str, torch.Tensor] | None:
     """Return the tensors that a header describes if they lie one after the other and fill the rest of the file."""
     whole: dict[str, tuple[torch.Tensor, int]] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -84,14 +85,14 @@ def _views(content: mmap.mmap, start: int, header: dict[str, Any]) -> dict[str, 
         flat, width = whole[name]
         strides, count = [], 1
         for length in reversed(shape):
-            if type(length) is not int:
+            if type(length) is not int or length < 1:
                 return None
             strides.append(count)
             count *= length
         strides.reverse()
         if type(first) is not int or type(last) is not int or len(item) != len(_ONCE) or end % width:
             return None
-        if start + first != end or last - first != count * width:
+        if start + first != end or last - first != count * width or start + last > len(content):
             return None
         tensors[key] = flat.as_strided(shape, strides, end // width)
         end = start + last
