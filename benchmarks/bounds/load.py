@@ -106,7 +106,7 @@ def check_and_evaluate(found: list[tuple[str, nn.Module, list[nn.Module]]]) -> N
     for _, layer, adapters in found:
         for held in adapters[-1]._modules.values():
             for own in held._parameters.values():  # type: ignore[union-attr]
-                if own is None or own.is_meta:
+                if own is not None and own.is_meta:
                     raise ValueError(own)
         reached = [layer, *adapters]
         for one in reached:  # which grows meanwhile

@@ -7,6 +7,7 @@ anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -247,7 +248,7 @@ class Loading:
         self._assignments: list[_Assignment] = []
         left = dict(tensors)
         keys = [piece.keys() for piece in found]
-        expected = {key for files in keys for key in files.values()}
+        expected = set(chain.from_iterable(files.values() for files in keys))
         expected.update(piece.key(local) for piece in optional for local in piece.tensors)
         given = {key if key in expected else _known(key, expected): key for key in left}
         for piece, files in zip(found, keys, strict=True):
