@@ -82,13 +82,12 @@ class TestUndo:
         with pytest.raises(ValueError, match="stop"), Journal() as journal:
             journal.note_flags(iter([weight, bias]))
             journal.note_values(weight)
-            journal.note_training(module.modules())
+            journal.note_training().extend([module, module[0]])
             weight.requires_grad_(requires_grad=False)
             bias.requires_grad_()
             with torch.no_grad():
                 weight.zero_()
             module.eval()
-            module[1].train()
             raise ValueError("stop")
         assert (weight.requires_grad, bias.requires_grad) == (True, False)
         assert torch.equal(weight, bits)

@@ -21,11 +21,26 @@ from tunerkit.errors import (
     PluginError,
     UnknownAdapterError,
 )
+from tunerkit.journal import Journal
 from tunerkit.testing.bench import Snapshot, difference, move, same_bits
 from tunerkit_ia3 import IA3Config
 from tunerkit_lora import LoraConfig
 
 X = torch.linspace(-1, 1, 15).reshape(5, 3)
+
+
+class Kept(nn.ModuleDict):
+    """Keeps one of its layers in training mode, as some do with dropout."""
+
+    def __init__(self):
+        super().__init__({"other": nn.Dropout(), "kept": nn.Dropout()})
+        self.modes = []
+
+    def train(self, mode=True):
+        self.modes.append(mode)
+        self["other"].train(mode)
+        self.training = mode
+        return self
 
 
 def make_base():
@@ -317,6 +332,35 @@ class TestLoad:
         assert "y" in trains(loaded)
         loaded.load_adapter(saved / "scale", "z")
         assert not loaded.training
+
+    def test_evaluation_is_left_to_modules_that_set_it_in_a_way_of_their_own(self, saved):
+        base, modes = make_base(), []
+        base.own, base.bound = Kept(), nn.ModuleDict({"drop": nn.Dropout()})
+        base.bound.train = modes.append
+        model = get_peft_model(base, lora(), "x")
+
+        def load():
+            with Journal():
+                model.load_adapter(saved / "scale", "y")
+                set_to_evaluation.update(name for name, module in base.named_modules() if not module.training)
+                raise ValueError("stop")
+
+        set_to_evaluation = set()
+        with pytest.raises(ValueError, match="stop"):
+            load()
+        assert {"", "0", "1", "2", "3", "0.base_layer", "own", "own.other"} <= set_to_evaluation
+        assert not {"own.kept", "bound", "bound.drop"} & set_to_evaluation
+        assert (base.own.modes, modes) == ([False], [False])
+        assert all(module.training for module in model.modules())
+
+    def test_a_module_in_evaluation_is_not_set_again(self, saved):
+        base = make_base()
+        base.own = Kept()
+        model = get_peft_model(base.eval(), lora(), "x")
+        base.own["kept"].training = False
+        base.own.modes.clear()
+        model.load_adapter(saved / "scale", "y")
+        assert base.own.modes == []
 
     def test_loading_frozen_leaves_the_active_one(self, model, saved):
         model.load_adapter(saved / "scale", "new")

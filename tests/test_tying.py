@@ -42,9 +42,11 @@ class TestModulesThatShare:
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
     def test_a_scripted_module_beside(self, tmp_path):
-        model = nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU())))
-        adapted = get_peft_model(model, LoraConfig(target_modules=["0"], r=2))
-        adapted.add_adapter("other", LoraConfig(target_modules=["0"], r=2, init_lora_weights=False))
+        model = nn.Sequential()
+        model.own = nn.Linear(3, 3)
+        model.scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+        adapted = get_peft_model(model, LoraConfig(target_modules=["own"], r=2))
+        adapted.add_adapter("other", LoraConfig(target_modules=["own"], r=2, init_lora_weights=False))
         adapted.set_adapter("other")
         expected = adapted(torch.ones(1, 3))
         adapted.save_pretrained(tmp_path)

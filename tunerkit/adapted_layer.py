@@ -268,3 +268,8 @@ class AdaptedLayer(AdapterHolder):
         """Return an attribute that adapters have and the base layer has not, by adapter; None if it is no such one."""
         below = hasattr(self.get_base_layer(), name)
         return None if below else per_adapter(self._adapters, name, self.check_not_merged)  # type: ignore[arg-type]
+
+
+def adapter_of(holder: object, name: str) -> Adapter | None:
+    """Return a layer's adapter of a name; None if it has none, or is no such layer. Asked for each layer of a model."""
+    return holder._adapters.get(name) if type(holder) is AdaptedLayer else None

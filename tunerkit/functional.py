@@ -13,7 +13,7 @@ from tunerkit.config import check_config
 from tunerkit.embeddings import check_writable, embeddings_to_load, embeddings_to_save
 from tunerkit.errors import AdapterStateError, TargetError, UnknownAdapterError
 from tunerkit.keywords import check_loading
-from tunerkit.layer import layers_in
+from tunerkit.layer import tuner_layers
 from tunerkit.naming import PREFIX, listing
 from tunerkit.plugins import get_method
 from tunerkit.tuner import BaseTuner, find_tuner, tuner_of
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from tunerkit.checkpoint.report import LoadReport
     from tunerkit.config import PeftConfig
+    from tunerkit.layer import BaseTunerLayer
 
 
 def inject_adapter_in_model(
@@ -278,8 +279,13 @@ def _base(model: nn.Module) -> tuple[nn.Module, str]:
     return (model, "") if tuner is None else (tuner.model, PREFIX)
 
 
-def pieces_of(model: nn.Module, name: str) -> list[Piece]:
+def pieces_of(model: nn.Module, name: str, layers: Mapping[str, BaseTunerLayer] | None = None) -> list[Piece]:
     """Return what a model holds of an adapter.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        name: The adapter.
+        layers: The layers of the base model by path, if they are known.
 
     Raises:
         UnknownAdapterError: There is no such adapter.
@@ -287,13 +293,13 @@ def pieces_of(model: nn.Module, name: str) -> list[Piece]:
     tuner = find_tuner(model)
     if tuner is not None:
         tuner.check_known([name])
-    found = (
-        pieces(model, name, "", {}, None) if tuner is None else pieces(tuner.model, name, PREFIX, tuner.parts, tuner)
-    )
+    base, prefix = _base(model)
+    layers = dict(tuner_layers(base)) if layers is None else layers
+    found = pieces(layers, name, prefix, {} if tuner is None else tuner.parts, tuner)
     if tuner is not None and tuner.biases.name == name:
         found += tuner.biases.pieces()
     if not found:
-        names = {known for layer in layers_in(model) for known in layer.available_adapters}
+        names = {known for layer in layers.values() for known in layer.available_adapters}
         msg = f"The model has no adapter {name!r}; it has {listing(sorted(names))}."
         raise UnknownAdapterError(msg)
     return found
@@ -306,15 +312,17 @@ def loading_for(model: nn.Module, name: str, tensors: Mapping[str, Any]) -> Load
         UnknownAdapterError: There is no such adapter.
         AdapterStateError: It is merged, so that new values would have no effect.
     """
-    if any(name in layer.merged_adapters for layer in layers_in(model)):
+    base, prefix = _base(model)
+    layers = dict(tuner_layers(base))
+    if any(name in layer.merged_adapters for layer in layers.values()):
         msg = f"The adapter {name!r} is merged, so new tensors would have no effect. Call unmerge_adapter() first."
         raise AdapterStateError(msg)
     tuner = find_tuner(model)
     if tuner is not None and tuner.biases.name == name:
-        tuner.biases.check_writable(tuner.layers())
-    base, prefix = _base(model)
-    repeated = repeated_keys(base, name, prefix)
-    tensors = {key: value for key, value in tensors.items() if key not in repeated}
-    loading = Loading(pieces_of(model, name), tensors, embeddings_to_load(base, name, prefix))
+        tuner.biases.check_writable(list(layers.values()))
+    repeated = repeated_keys(layers, name, prefix)
+    if repeated:
+        tensors = {key: value for key, value in tensors.items() if key not in repeated}
+    loading = Loading(pieces_of(model, name, layers), tensors, embeddings_to_load(base, name, prefix))
     check_writable(base, loading.optional)
     return loading

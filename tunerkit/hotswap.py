@@ -260,14 +260,14 @@ def _filled(
     beside = {path: (layer, _made_beside(tuner, path, layer, name, config, meta=True)) for path, layer in layers}
     pieces = {path: piece_of(path, other, name, PREFIX) for path, (_, other) in beside.items()}
     everything = [*pieces.values(), *_beside_layers(tuner, name)]
-    repeated = repeated_keys(tuner.model, name, PREFIX)
+    repeated = repeated_keys(dict(tuner_layers(tuner.model)), name, PREFIX)
     tensors = {key: tensor for key, tensor in _under_file_keys(state_dict, everything).items() if key not in repeated}
     loading = Loading(everything, tensors, embeddings_to_load(tuner.model, name, PREFIX))
     check_writable(tuner.model, loading.optional)
     report = loading.report
     missing = set(report.missing_keys)
     for path, piece in pieces.items():
-        keys = [piece.key(local) for local in piece.in_file(piece.tensors)]
+        keys = piece.keys().values()
         if missing.issuperset(keys):
             missing.difference_update(keys)
             layer = beside[path][0]

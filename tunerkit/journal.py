@@ -115,9 +115,11 @@ class Journal:
         """Note the numbers that a tensor holds, at the cost of a copy."""
         self._notes.append((_restore_values, (tensor, tensor.detach().clone())))
 
-    def note_training(self, modules: Iterable[nn.Module]) -> None:
-        """Note which modules are in training mode."""
-        self._notes.append((_restore_training, ([(module, module.training) for module in modules],)))
+    def note_training(self) -> list[nn.Module]:
+        """Return a list for modules that are about to leave training mode: what is in it in the end is put back."""
+        trained: list[nn.Module] = []
+        self._notes.append((_restore_training, (trained,)))
+        return trained
 
     def undo(self) -> None:
         """Put everything back, the last change first."""
@@ -162,9 +164,9 @@ def _restore_values(tensor: Tensor, values: Tensor) -> None:
         tensor.copy_(values)
 
 
-def _restore_training(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
+def _restore_training(trained: list[nn.Module]) -> None:
+    for module in trained:
+        module.training = True
 
 
 def _restore_flags(flags: list[Flag]) -> None:

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunerkit.adapted_layer import AdaptedLayer
+from tunerkit.adapted_layer import AdaptedLayer, adapter_of
 from tunerkit.checkpoint.card import Card, write_card
 from tunerkit.checkpoint.files import CARD_NAME, read_checkpoint
 from tunerkit.checkpoint.folder import entries_of
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tunerkit.checkpoint.report import LoadReport
+    from tunerkit.layer import BaseTunerLayer
     from tunerkit.stored_model import StoredModel
 
 FORMAT = "1"
@@ -95,11 +96,11 @@ class SavedAdapter:
 
     def _check_no_meta(self, model: nn.Module, name: str, report: LoadReport) -> None:
         tuner = find_tuner(model)
-        layers = [layer for layer in tuner.layers() if isinstance(layer, AdaptedLayer)] if tuner is not None else []
-        adapted = [layer for layer in layers if layer.holds(name)]
-        holders = [layer.adapters[name] for layer in adapted]
-        parts = [tuner.parts[name]] if tuner is not None and name in tuner.parts else []
-        for holder in (held for held in (*holders, *parts) if any(tensor.is_meta for tensor in tensors_in(held))):
+        layers = [] if tuner is None else tuner.layers()
+        holders: list[nn.Module] = [held for layer in layers if (held := adapter_of(layer, name)) is not None]
+        if tuner is not None and name in tuner.parts:
+            holders.append(tuner.parts[name])
+        for holder in (held for held in holders if any(tensor.is_meta for tensor in tensors_in(held))):
             for key, tensor in (*holder.named_parameters(), *holder.named_buffers()):
                 if tensor.is_meta and report.missing_keys:
                     msg = (
@@ -107,7 +108,7 @@ class SavedAdapter:
                         "are no initial values to keep. Leave low_cpu_mem_usage out."
                     )
                     raise CheckpointError(msg)
-                if tensor.is_meta and any(layer.site.device.type == "meta" for layer in adapted):
+                if tensor.is_meta and any(_is_on_meta(layer) for layer in layers if name in layer.available_adapters):
                     msg = (
                         f"{type(holder).__name__} derives {key!r} from the layer's weight, and the base model is on "
                         "the meta device. Load the base model's weights first."
@@ -119,6 +120,10 @@ class SavedAdapter:
                         "checkpoint holds it. Tensors that are not saved must be made for real, on site.device."
                     )
                     raise PluginError(msg)
+
+
+def _is_on_meta(layer: BaseTunerLayer) -> bool:
+    return isinstance(layer, AdaptedLayer) and layer.site.device.type == "meta"
 
 
 def refuse_offload(ephemeral_gpu_offload: bool) -> None:

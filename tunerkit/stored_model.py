@@ -16,6 +16,7 @@ from tunerkit.errors import AdapterNameError, UnknownAdapterError
 from tunerkit.functional import get_peft_model_state_dict
 from tunerkit.journal import Journal
 from tunerkit.keywords import check_loading, check_saving
+from tunerkit.modules import set_modes
 from tunerkit.names import RESERVED_NAMES, EntryModule
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
@@ -352,18 +353,44 @@ class StoredModel(nn.Module):
         return report
 
     def _evaluate(self, journal: Journal) -> None:
-        """Set the model to evaluation, noting first which of its modules and adapters were in training mode."""
-        training = [module for module in self._with_adapters() if module.training]
-        if training:
-            journal.note_training(training)
-            self.eval()
+        """Do what `eval()` does, noting which of the model's modules and adapters were in training mode.
 
-    def _with_adapters(self) -> list[nn.Module]:
-        """Return all modules, and the adapters and parts, which stand outside the module tree."""
+        One walk does both, and touches nothing that is in evaluation already.
+        """
+        trained = journal.note_training()
         found: list[nn.Module] = [self, *self.base_model.parts.values()]
         for one in found:  # which grows meanwhile
-            if isinstance(one, AdaptedLayer):
-                found += one.adapters.values()
-            if type(one) is not EntryModule:  # which only shows what the adapters hold
-                found += [child for child in one._modules.values() if child is not None]
-        return found
+            state = one.__dict__
+            if type(one).train not in _PLAIN or "train" in state:
+                # What is below it is left to its own `train`.
+                trains = [module for module in _grow([one]) if module.training]
+                if trains:
+                    trained += trains
+                    set_modes([one], mode=False)
+                continue
+            if one.training:
+                trained.append(one)
+                state["training"] = False
+            if type(one) is not EntryModule and one._modules:  # most have no children
+                _add_below(one, found)
+
+
+_PLAIN = frozenset({nn.Module.train, BaseTuner.train, AdaptedLayer.train})
+"""Ways to set training mode that do no more than to set it for a module and all that is below it."""
+
+
+def _grow(found: list[nn.Module]) -> list[nn.Module]:
+    for one in found:  # which grows meanwhile
+        _add_below(one, found)
+    return found
+
+
+def _add_below(module: nn.Module, found: list[nn.Module]) -> None:
+    """Add what is right below a module, its adapters too, which stand outside the module tree."""
+    kind: type = type(module)
+    if kind is AdaptedLayer:
+        found += module._adapters.values()  # type: ignore[operator]
+    if kind is not EntryModule:  # which only shows what the adapters hold
+        for child in module._modules.values():
+            if child is not None:
+                found.append(child)

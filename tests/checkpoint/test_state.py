@@ -11,6 +11,7 @@ from tunerkit import Method, PeftConfig, get_peft_model, plugins, register
 from tunerkit.adapter import Adapter, Part
 from tunerkit.checkpoint.state import Loading, collect, pieces
 from tunerkit.errors import CheckpointError
+from tunerkit.layer import tuner_layers
 from tunerkit.naming import PREFIX
 from tunerkit.testing.bench import Snapshot
 from tunerkit_ia3 import IA3Config
@@ -27,7 +28,7 @@ def make_model(*targets, name="default", **others):
 
 def found_in(model, name="default"):
     tuner = model.base_model
-    return pieces(tuner.model, name, PREFIX, tuner.parts, tuner)
+    return pieces(dict(tuner_layers(tuner.model)), name, PREFIX, tuner.parts, tuner)
 
 
 @dataclass
@@ -99,9 +100,15 @@ class TestKeys:
 
     def test_without_wrapper(self):
         model = make_model().get_base_model()
-        assert list(collect(pieces(model, "default", "", {}, None))) == ["a.lora_A.weight", "a.lora_B.weight"]
+        assert list(collect(pieces(dict(tuner_layers(model)), "default", "", {}, None))) == [
+            "a.lora_A.weight",
+            "a.lora_B.weight",
+        ]
         layer = model["a"]
-        assert list(collect(pieces(layer, "default", "", {}, None))) == ["lora_A.weight", "lora_B.weight"]
+        assert list(collect(pieces(dict(tuner_layers(layer)), "default", "", {}, None))) == [
+            "lora_A.weight",
+            "lora_B.weight",
+        ]
 
     def test_compiled_parts_are_called_as_before(self):
         base = nn.ModuleDict(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tunerkit.checkpoint.state import Piece
-from tunerkit.layer import BaseTunerLayer, tuner_layers
+from tunerkit.layer import BaseTunerLayer
 from tunerkit.naming import uncompiled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -51,17 +51,17 @@ def file_path(path: str, prefix: str) -> str:
     return uncompiled(f"{prefix}{path}")
 
 
-def repeated_keys(model: nn.Module, name: str, prefix: str) -> set[str]:
+def repeated_keys(layers: Mapping[str, BaseTunerLayer], name: str, prefix: str) -> set[str]:
     """Return the keys under which PEFT's files may hold tensors of copied modules beside those of the copy itself.
 
     Args:
-        model: The base model with the layers.
+        layers: The layers of the base model by path; see `tuner_layers`.
         name: The adapter's name.
         prefix: What stands before the layers' paths in keys.
     """
     return {
         f"{file_path(path, prefix)}.{child}.{key}"
-        for path, layer in tuner_layers(model)
+        for path, layer in layers.items()
         if layer.replaces and layer.holds(name)
         for key in layer.adapter_tensors(name)
         for child in (layer.base_name, *layer.adapter_layer_names)

@@ -14,10 +14,12 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from tunerkit.checkpoint.folder import check_file, check_folder, entries_of, unreadable
-from tunerkit.checkpoint.header import broken, check_unique, unique_keys, what_it_is
+from tunerkit.checkpoint.header import broken, check_unique, raw_header, unique_keys, what_it_is
+from tunerkit.checkpoint.mapping import Mapped, map_tensors
 from tunerkit.errors import CheckpointError, CheckpointNotFoundError
 from tunerkit.naming import listing
 
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
     from pathlib import Path
-
-    import torch
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -68,19 +68,23 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Checkpoint:
     """Return the config, the tensors and the metadata of one and the same save, even while another is written.
 
+    On the CPU the tensors lie in the mapped file, as those of `read_tensors` do, but mostly all in one storage, so they
+    are to be copied to where they belong.
+
     Raises:
         CheckpointError: A file is broken, or is not one that can be read (see `read_config`, `read_tensors`).
         CheckpointNotFoundError: The folder or one of the two files is not there.
     """
     path = check_folder(folder)
     while True:
-        with _opened_weights(path) as file:
-            metadata = file.metadata() or {}
-            tensors = _tensors(path, file)
+        with _reading_weights(path) as weights:
+            mapped = map_tensors(weights) or _read_each(weights)
         config = read_config(path)
+        with _reading_weights(path) as weights:
+            unchanged = raw_header(weights) == mapped.header
         # A save that came in between changed the id, and the config may be the newer one's.
-        if read_metadata(path).get(SAVE_ID_KEY) == metadata.get(SAVE_ID_KEY):
-            return Checkpoint(config, {name: tensor.to(device) for name, tensor in tensors.items()}, metadata)
+        if unchanged:
+            return Checkpoint(config, _moved(mapped.tensors, device), mapped.metadata)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -93,7 +97,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     folder = check_folder(folder)
     path = folder / CONFIG_NAME
     try:
-        finish_save(folder)
+        if _any_pending(folder):
+            finish_save(folder)
     except OSError:
         # Somebody else's folder, or a read-only one: the config is complete all the same, just not under its name.
         path = _pending_config(folder) or path
@@ -131,7 +136,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
     """Return the tensors of `adapter_model.safetensors` by key.
 
-    On the CPU they lie in the mapped file, privately: they may be written to, and the file stays as it is.
+    On the CPU they lie in the mapped file, privately: they may be written to, and the file stays as it is. Each has a
+    storage of its own.
 
     Args:
         folder: The checkpoint's folder.
@@ -141,11 +147,10 @@ def read_tensors(folder: str | os.PathLike[str], device: str | torch.device = "c
         CheckpointError: The file is truncated, damaged or no safetensors file, or there is only a pickled one.
         CheckpointNotFoundError: The folder or the file is not there.
     """
-    path = check_folder(folder)
-    with _opened_weights(path) as file:
-        tensors = _tensors(path, file)
+    with _reading_weights(check_folder(folder)) as weights:
+        tensors = _read_each(weights).tensors
     # Moved out here, so that a device that is not there is not taken for a damaged file.
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return _moved(tensors, device)
 
 
 def read_metadata(folder: str | os.PathLike[str]) -> dict[str, str]:
@@ -155,7 +160,7 @@ def read_metadata(folder: str | os.PathLike[str]) -> dict[str, str]:
         CheckpointError: As `read_tensors`.
         CheckpointNotFoundError: As `read_tensors`.
     """
-    with _opened_weights(check_folder(folder)) as file:
+    with _reading_weights(check_folder(folder)) as weights, safe_open(weights, framework="pt") as file:
         return dict(file.metadata() or {})
 
 
@@ -193,29 +198,48 @@ def finish_save(folder: Path) -> None:
             pending.replace(folder / CONFIG_NAME)
 
 
+def _any_pending(folder: Path) -> bool:
+    """Return whether a config may wait to be put in place, told without reading what the tensors' file says of itself.
+
+    Raises:
+        OSError: The folder may be entered and not listed.
+    """
+    return any(entry.name.startswith(f"{CONFIG_NAME}.") for entry in folder.iterdir())
+
+
 def _pending_config(folder: Path) -> Path | None:
     save_id = saved_id(folder)
     pending = folder / temporary(CONFIG_NAME, save_id or "")
     return pending if save_id and pending.exists() else None
 
 
-def _tensors(folder: Path, file: Any) -> dict[str, torch.Tensor]:
-    names = file.keys()
-    check_unique(folder / WEIGHTS_NAME, len(names))
-    try:
-        return {name: file.get_tensor(name) for name in names}
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        # A header that safetensors accepts may still say what torch cannot make: a dtype it lacks, a size too large.
-        raise CheckpointError(broken(folder / WEIGHTS_NAME, error)) from error
+def _read_each(path: Path) -> Mapped:
+    """Return what a file holds, with a storage for each tensor."""
+    header = raw_header(path)
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        check_unique(path, len(names))
+        try:
+            tensors = {name: file.get_tensor(name) for name in names}
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            # A header that safetensors accepts may say what torch cannot make: a dtype it lacks, a size too large.
+            raise CheckpointError(broken(path, error)) from error
+        return Mapped(tensors, file.metadata() or {}, header)
+
+
+def _moved(tensors: dict[str, torch.Tensor], device: str | torch.device) -> dict[str, torch.Tensor]:
+    if torch.device(device).type == "cpu":
+        return tensors
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 @contextlib.contextmanager
-def _opened_weights(folder: Path) -> Iterator[Any]:
+def _reading_weights(folder: Path) -> Iterator[Path]:
+    """Give the path of a checkpoint's tensors to a block, and say what is wrong where it cannot read them."""
     path = folder / WEIGHTS_NAME
     try:
         check_file(path)
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield path
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(_missing_file(folder, WEIGHTS_NAME)) from error
     except OSError as error:

@@ -69,6 +69,17 @@ def _width(tensor: tuple[str, str, tuple[int, ...], int]) -> int:
     return size // max(1, math.prod(shape))
 
 
+def raw_header(path: Path) -> bytes:
+    """Return what stands before the tensors of a file, without the bytes that say how long it is.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(HEADER_SIZE), "little")
+        return file.read(min(length, path.stat().st_size))
+
+
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the header of a file that safetensors has opened before, and where its tensors begin.
 
@@ -77,7 +88,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             changed since.
         OSError: The file cannot be read.
     """
-    raw = _raw_header(path)
+    raw = raw_header(path)
     try:
         header: dict[str, Any] = json.loads(raw, object_pairs_hook=partial(unique_keys, f"The header of '{path}'"))
     except CheckpointError:
@@ -96,7 +107,7 @@ def check_unique(path: Path, count: int) -> None:
     safetensors takes the last and says nothing. Reading a long header takes as long as loading its tensors, so the
     places where one says where its bytes lie are counted first.
     """
-    raw = _raw_header(path)
+    raw = raw_header(path)
     if raw.count(b'"data_offsets"') != count or b"\\" in raw:
         read_header(path)
 
@@ -148,9 +159,3 @@ def what_it_is(path: Path, head: bytes, size: int) -> str | None:
             "repository it comes from, or download the file."
         )
     return None
-
-
-def _raw_header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(HEADER_SIZE), "little")
-        return file.read(min(length, path.stat().st_size))

@@ -7,26 +7,27 @@ anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tunerkit.adapted_layer import AdaptedLayer
+from tunerkit.adapted_layer import AdaptedLayer, adapter_of
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.errors import CheckpointError
 from tunerkit.journal import Journal
-from tunerkit.layer import BaseTunerLayer, entry_name, tuner_layers
+from tunerkit.layer import BaseTunerLayer, entry_name, is_layer
 from tunerkit.naming import PREFIX, uncompiled
 from tunerkit.processes import copy_into, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from tunerkit.adapter import Adapter, Part
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Piece:
     """What one layer, or the model-wide part, holds of an adapter.
 
@@ -50,27 +51,47 @@ class Piece:
         """Return a tensor's key in a checkpoint."""
         return f"{self.path}.{local}" if self.path else local
 
+    def keys(self) -> dict[str, str]:
+        """Return the keys of all tensors in a checkpoint by their keys below `path`."""
+        below = f"{self.path}." if self.path else ""
+        return {local: below + local for local in self.in_file(self.tensors)}
+
     def named(self, local: str) -> str:
         """Return a tensor's name below the holder."""
-        naming = self.holder.tensor_name if isinstance(self.holder, BaseTunerLayer) else entry_name
+        naming = self.holder.tensor_name if is_layer(self.holder) else entry_name
         return naming(local, self.name)
+
+    def place(self, local: str) -> tuple[nn.Module, str]:
+        """Return the module in which a tensor is, and its name there."""
+        adapter = adapter_of(self.holder, self.name)
+        module, path = (self.holder, self.named(local)) if adapter is None else (adapter, local)
+        *above, leaf = path.split(".")
+        for child in above:
+            module = module._modules[child]  # type: ignore[assignment]
+        return module, leaf
 
     def in_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors of this piece in the form of a checkpoint."""
         return tensors if self.adapter is None else self.adapter.to_checkpoint(tensors)
 
 
-def pieces(model: nn.Module, name: str, prefix: str, parts: Mapping[str, Part], tuner: nn.Module | None) -> list[Piece]:
+def pieces(
+    layers: Mapping[str, BaseTunerLayer],
+    name: str,
+    prefix: str,
+    parts: Mapping[str, Part],
+    tuner: nn.Module | None,
+) -> list[Piece]:
     """Return what a model holds of an adapter.
 
     Args:
-        model: The base model with the layers.
+        layers: The layers of the base model by path; see `tuner_layers`.
         name: The adapter's name.
         prefix: What stands before the layers' paths in keys.
         parts: The model-wide parts by adapter name.
         tuner: Where those parts are visible in the module tree.
     """
-    held = (piece_of(path, layer, name, prefix) for path, layer in _levels(model, name))
+    held = (piece_of(path, layer, name, prefix) for path, layer in _levels(layers, name))
     found = [piece for piece in held if piece.tensors]
     if name in parts and tuner is not None:
         found.append(Piece(prefix.partition(".")[0], tuner, name, parts[name].state_dict(keep_vars=True)))
@@ -87,18 +108,17 @@ def piece_of(path: str, layer: BaseTunerLayer, name: str, prefix: str) -> Piece:
         prefix: What stands before the layers' paths in keys.
     """
     tensors = layer.adapter_tensors(name)
-    adapter = layer.adapters.get(name) if isinstance(layer, AdaptedLayer) else None
+    adapter = adapter_of(layer, name)
     own = adapter if adapter is not None and adapter.to_checkpoint(tensors) is not tensors else None
     return Piece(uncompiled(f"{prefix}{path}"), layer, name, tensors, own)  # type: ignore[arg-type]
 
 
-def _levels(model: nn.Module, name: str) -> list[tuple[str, BaseTunerLayer]]:
+def _levels(layers: Mapping[str, BaseTunerLayer], name: str) -> list[tuple[str, BaseTunerLayer]]:
     """Return the layers with an adapter, by the paths that they would have in a model without other adapters.
 
     Layers of several parameters of a module stand on one another: in the order of the parameters where one adapter made
     them, and in whatever order others were added where they are of several.
     """
-    layers = dict(tuner_layers(model))
     held = {path: layer for path, layer in layers.items() if name in layer.available_adapters}
     if not _any_nested(layers):
         return list(held.items())
@@ -179,9 +199,9 @@ def make_standalone(
     given = None if initial is None else {_known(key, set(tensors)): tensor for key, tensor in initial.items()}
     made = dict(tensors)
     for piece in found:
-        adapter = piece.holder.adapters.get(piece.name) if isinstance(piece.holder, AdaptedLayer) else None
+        adapter = adapter_of(piece.holder, piece.name)
         if adapter is not None:
-            keys = {local: piece.key(local) for local in piece.in_file(piece.tensors)}
+            keys = piece.keys()
             before = None if given is None else {local: _as_before(key, tensors, given) for local, key in keys.items()}
             own = {local: made.pop(key) for local, key in keys.items()}
             made.update({piece.key(local): value for local, value in adapter.standalone(own, before).items()})
@@ -200,10 +220,12 @@ def _as_before(key: str, tensors: Mapping[str, Tensor], initial: Mapping[str, Te
     return found.to(tensors[key])
 
 
-@dataclass(frozen=True)
-class _Assignment:
+class _Assignment(NamedTuple):
+    """A tensor of a checkpoint and the one that takes its values."""
+
     piece: Piece
     local: str
+    own: Tensor
     value: Tensor
 
 
@@ -225,13 +247,14 @@ class Loading:
         self.optional: list[Piece] = []
         self._assignments: list[_Assignment] = []
         left = dict(tensors)
-        keys = [{local: piece.key(local) for local in piece.in_file(piece.tensors)} for piece in found]
-        expected = {key for files in keys for key in files.values()}
+        keys = [piece.keys() for piece in found]
+        expected = set(chain.from_iterable(files.values() for files in keys))
         expected.update(piece.key(local) for piece in optional for local in piece.tensors)
-        given = {_known(key, expected): key for key in left}
+        given = {key if key in expected else _known(key, expected): key for key in left}
         for piece, files in zip(found, keys, strict=True):
             values = {local: left.pop(given[key]) for local, key in files.items() if key in given}
-            self.report.missing_keys += [key for local, key in files.items() if local not in values]
+            if len(values) < len(files):
+                self.report.missing_keys += [key for local, key in files.items() if local not in values]
             if piece.adapter is not None:
                 # A form of its own may need all of its tensors at once.
                 values = piece.adapter.from_checkpoint(values) if len(values) == len(files) else {}
@@ -261,7 +284,7 @@ class Loading:
             self.report.mismatched_keys.append(note)
         else:
             self.report.loaded_keys.append(key)
-            self._assignments.append(_Assignment(piece, local, value))
+            self._assignments.append(_Assignment(piece, local, own, value))
 
     def write(self) -> None:
         """Put the tensors that fit into the adapter; if anything goes wrong on the way, it keeps the values it had.
@@ -270,27 +293,35 @@ class Loading:
             CheckpointError: Adapters share a tensor, of which the checkpoint holds two different versions.
         """
         given: dict[int, _Assignment] = {}
-        made: dict[int, nn.Parameter] = {}
+        made: dict[int, Tensor] = {}
+        replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+        holder: nn.Module | None = None
+        device = torch.device("cpu")
         with torch.no_grad(), Journal() as journal:
+            journal.note(_put_back, replaced)
             for item in self._assignments:
-                own = item.piece.tensors[item.local]
-                _check_alike(item, given.setdefault(id(own), item))
-                if own.is_meta:
-                    _replace(item, own, journal, made)
-                else:
+                piece, local, own, value = item
+                earlier = given.setdefault(id(own), item)
+                if earlier is not item and not torch.equal(value, earlier.value):
+                    raise CheckpointError(untied(*(one.piece.key(one.local) for one in (earlier, item))))
+                if not own.is_meta:
                     journal.note_values(own)
-                    copy_into(own, item.value)
+                    copy_into(own, value)
+                    continue
+                if piece.holder is not holder:
+                    holder, device = piece.holder, _device_of(piece.holder)
+                if id(own) not in made:
+                    made[id(own)] = _filled(own, value, device)
+                module, leaf = piece.place(local)
+                held: dict[str, Any] = module._parameters if isinstance(own, nn.Parameter) else module._buffers
+                replaced.append((held, leaf, own))
+                held[leaf] = made[id(own)]
 
 
 def _known(key: str, expected: set[str]) -> str:
     key = uncompiled(key)
     forms = (key, f"{PREFIX}{key}", key.removeprefix(PREFIX))
     return next((form for form in forms if form in expected), key)
-
-
-def _check_alike(item: _Assignment, earlier: _Assignment) -> None:
-    if item is not earlier and not torch.equal(item.value, earlier.value):
-        raise CheckpointError(untied(*(one.piece.key(one.local) for one in (earlier, item))))
 
 
 def untied(first: str, second: str) -> str:
@@ -302,27 +333,22 @@ def untied(first: str, second: str) -> str:
     )
 
 
-def _replace(item: _Assignment, own: Tensor, journal: Journal, made: dict[int, nn.Parameter]) -> None:
-    """Put a tensor with the values in the place of one on the meta device; the same in all places of that."""
-    parent, _, leaf = item.piece.named(item.local).rpartition(".")
-    module = item.piece.holder
-    for child in parent.split(".") if parent else ():
-        module = module._modules[child]  # type: ignore[assignment]
-    device = _device_of(item.piece.holder)
-    value = item.value.to(device=device, dtype=own.dtype, copy=True)
-    if isinstance(own, nn.Parameter):
-        journal.note(module._parameters.__setitem__, leaf, own)
-        new = made.setdefault(id(own), nn.Parameter(value, requires_grad=own.requires_grad))
-        module._parameters[leaf] = new
-    else:
-        journal.note(module._buffers.__setitem__, leaf, own)
-        module._buffers[leaf] = value
+def _filled(own: Tensor, value: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor with the values, of the kind and dtype of one on the meta device."""
+    new = value.to(device=device, dtype=own.dtype, copy=True)
+    return nn.Parameter(new, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else new
+
+
+def _put_back(replaced: list[tuple[dict[str, Any], str, Tensor]]) -> None:
+    for held, name, tensor in reversed(replaced):
+        held[name] = tensor
 
 
 def _device_of(holder: nn.Module) -> torch.device:
-    if isinstance(holder, AdaptedLayer) and not holder.site.stored.is_meta:
-        return holder.site.device
-    base: Iterator[Tensor] = (
-        holder.get_base_layer().parameters() if isinstance(holder, AdaptedLayer) else holder.parameters()
-    )
+    base: Iterable[Tensor] = holder.parameters()
+    if type(holder) is AdaptedLayer:
+        site = holder.site
+        if not site.stored.is_meta:
+            return site.device
+        base = holder.get_base_layer().parameters()
     return next((tensor.device for tensor in base if not tensor.is_meta), torch.device("cpu"))
