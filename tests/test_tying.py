@@ -31,9 +31,7 @@ class Model(nn.Module):
 class TestModulesThatShare:
     def test_the_embedding_comes_first(self):
         model = Model()
-        assert [[place[0] for place in group] for group in modules_that_share(places(model))] == [
-            ["embed", "head"]
-        ]
+        assert [[place[0] for place in group] for group in modules_that_share(places(model))] == [["embed", "head"]]
 
     def test_a_module_at_two_places_shares_nothing(self):
         model = Model()

@@ -108,7 +108,7 @@ class SavedAdapter:
                         "are no initial values to keep. Leave low_cpu_mem_usage out."
                     )
                     raise CheckpointError(msg)
-                if tensor.is_meta and any(_is_on_meta(layer) for layer in layers if name in layer.available_adapters):
+                if tensor.is_meta and any(_is_on_meta(layer) for layer in layers if layer.holds(name)):
                     msg = (
                         f"{type(holder).__name__} derives {key!r} from the layer's weight, and the base model is on "
                         "the meta device. Load the base model's weights first."

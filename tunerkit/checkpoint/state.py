@@ -119,7 +119,7 @@ def _levels(layers: Mapping[str, BaseTunerLayer], name: str) -> list[tuple[str, 
     Layers of several parameters of a module stand on one another: in the order of the parameters where one adapter made
     them, and in whatever order others were added where they are of several.
     """
-    held = {path: layer for path, layer in layers.items() if name in layer.available_adapters}
+    held = {path: layer for path, layer in layers.items() if layer.holds(name)}
     if not _any_nested(layers):
         return list(held.items())
     paths: dict[int, list[str]] = {}
