@@ -42,13 +42,18 @@ class TestModulesThatShare:
     def test_a_scripted_module_beside(self, tmp_path):
         model = nn.Sequential()
         model.own = nn.Linear(3, 3)
-        model.scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+        model.scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.Dropout()))
         adapted = get_peft_model(model, LoraConfig(target_modules=["own"], r=2))
         adapted.add_adapter("other", LoraConfig(target_modules=["own"], r=2, init_lora_weights=False))
         adapted.set_adapter("other")
+        adapted.eval()
+        assert not model.scripted.training
         expected = adapted(torch.ones(1, 3))
         adapted.save_pretrained(tmp_path)
+        adapted.train()
+        assert model.scripted.training
         adapted.load_adapter(tmp_path / "other", "third")
+        assert not model.scripted.training
         adapted.set_adapter("third")
         assert torch.equal(adapted(torch.ones(1, 3)), expected)
         assert torch.allclose(adapted.merge_and_unload()(torch.ones(1, 3)), expected)

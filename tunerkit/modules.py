@@ -27,14 +27,16 @@ _WORDS = frozenset({"state_dict", "_save_to_state_dict", "get_extra_state"})
 
 
 def set_modes(modules: Iterable[nn.Module | None], mode: bool) -> None:
-    """Do what `train(mode)` of each module does; one with a `train` of its own is asked to do it itself."""
+    """Do what `train(mode)` of each module does; one with a way of its own to it is asked to do it itself."""
     for module in modules:
         if module is None:
             continue
-        if type(module).train is not nn.Module.train or "train" in module.__dict__:
+        state = module.__dict__
+        # A scripted module keeps its mode elsewhere.
+        if type(module).train is not nn.Module.train or "train" in state or "training" not in state:
             module.train(mode)
         else:
-            module.__dict__["training"] = mode
+            state["training"] = mode
             set_modes(module._modules.values(), mode)
 
 

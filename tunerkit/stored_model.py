@@ -361,7 +361,7 @@ class StoredModel(nn.Module):
         found: list[nn.Module] = [self, *self.base_model.parts.values()]
         for one in found:  # which grows meanwhile
             state = one.__dict__
-            if type(one).train not in _PLAIN or "train" in state:
+            if type(one).train not in _PLAIN or "train" in state or "training" not in state:
                 # What is below it is left to its own `train`.
                 trains = [module for module in _grow([one]) if module.training]
                 if trains:
