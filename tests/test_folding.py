@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tunerkit import folding
+from tunerkit import folding, sums
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, AdditiveAdapter
 from tunerkit.errors import MergeError
@@ -555,7 +555,7 @@ class TestBlocks:
         with monkeypatch.context() as patch:
             patch.setattr(folding, "changes_of", lambda *_: None)
             wanted = folding.fold(site, site, adapters, safe=False)
-        monkeypatch.setattr(folding, "_BLOCK", block)
+        monkeypatch.setattr(sums, "_BLOCK", block)
         found = folding.fold(site, site, adapters, safe=True)
         assert found.keys() == wanted.keys() == {"weight"}
         assert found["weight"].dtype is dtype

@@ -221,7 +221,7 @@ class TestNone:
 
     def test_the_bare_layer_is_not_to_be_had(self):
         site = LinearSite(nn.Linear(3, 4), "0")
-        lost = Merged(("one",), kept=False).bare(site)
+        lost = Merged(("one",), {}, kept=False).bare(site)
         assert isinstance(lost, LinearSite)
         assert lost.base is lost
         assert (lost.kind, lost.name, lost.in_features, lost.dtype) == ("linear", "0", 3, torch.float32)
@@ -329,7 +329,7 @@ class TestCpu:
         layer, meta, moved = nn.Linear(3, 4), torch.device("meta"), []
         monkeypatch.setattr(folding, "move", lambda parameter, device: moved.append((parameter, device)))
         original = layer.weight
-        kept = Merged().put(LinearSite(layer), {"weight": torch.ones(4, 3, device=meta), "bias": None}, ["one"])
+        kept = Merged((), {}).put(LinearSite(layer), {"weight": torch.ones(4, 3, device=meta), "bias": None}, ["one"])
         assert kept.bare(LinearSite(layer)).weight.device == meta
         assert original.device.type == "cpu"
         kept.take_out(LinearSite(layer))

@@ -62,16 +62,16 @@ class LoraAdapter(LowRankAdapter):
         """Return the layers that are run one after the other."""
         return self.lora_A, self.lora_B
 
-    def delta(self, base: Site) -> Tensor:
-        """Return ``s B A``, out x in."""
+    def product(self, base: Site) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        """Return ``B``, ``A`` and ``s``."""
         del base
         first, second = self.factors
-        return (self.scaling * second) @ first
+        return second, first, self.scaling
 
     def delta_bias(self, base: Site) -> Tensor | None:
         """Return ``s c``, or None."""
         del base
-        bias = self.lora_B.bias
+        bias = self.lora_B._parameters.get("bias")  # not by an attribute: torch looks that up in Python
         return None if bias is None else self.scaling * bias
 
     @property
