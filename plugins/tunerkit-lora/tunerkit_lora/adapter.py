@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from tunerkit_lora.config import LoraConfig
 
     Factor = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
+
+_MATRIX = 2
+"""The number of dimensions of a factor that is no kernel."""
 
 
 class LoraAdapter(LowRankAdapter):
@@ -61,6 +64,13 @@ class LoraAdapter(LowRankAdapter):
     def pair(self) -> tuple[nn.Module, nn.Module]:
         """Return the layers that are run one after the other."""
         return self.lora_A, self.lora_B
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The matrices ``A`` and ``B``; see `LowRankAdapter.factors`."""
+        own = self._modules  # not by attributes, which torch looks up in Python
+        first, second = (cast("Factor", own[entry]).weight for entry in ("lora_A", "lora_B"))
+        return (first, second) if first.dim() == _MATRIX else (first.flatten(1), second.flatten(1))
 
     def product(self, base: Site) -> tuple[Tensor, Tensor, float | Tensor] | None:
         """Return ``B``, ``A`` and ``s``."""
