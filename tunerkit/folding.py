@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from tunerkit.absent import Absent
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import MergeError, UnknownAdapterError
 from tunerkit.naming import listing
@@ -85,33 +86,6 @@ class _Given:
         return self.base.run(x, weight, bias)
 
 
-class Lost:
-    """The bare layer where its own parameters were not kept: it runs and reads nothing, and is otherwise the layer."""
-
-    def __init__(self, site: Site, names: Sequence[str]) -> None:
-        self._site = site
-        self._names = names
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The class of the site, which says what kind of layer it is."""
-        return type(self._site)
-
-    @property
-    def base(self) -> Lost:
-        """The bare layer: this."""
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        if name in {"weight", "bias", "stored", "run", "with_parameters"}:
-            raise refusal(self._site.name, self._names)
-        return getattr(self._site, name)
-
-    def __call__(self, *_args: Any, **_kwargs: Any) -> Tensor:
-        """Raise `MergeError`."""
-        raise refusal(self._site.name, self._names)
-
-
 def refusal(layer: str, names: Sequence[str]) -> MergeError:
     """Return the error for what needs a layer's own parameters, which were not kept when adapters were merged."""
     return MergeError(
@@ -163,12 +137,21 @@ class Merged(NamedTuple):
             held[name] = original
 
     def bare(self, site: Site) -> Site:
-        """Return the site as it is without what is merged."""
-        if not self.kept:
-            return cast("Site", Lost(site, self.names))
+        """Return the site as it is without what is merged.
+
+        Originals that wait on another device are moved when they are read, which many adapters do not do. Of those that
+        were not kept only the form is there, and reading them raises `MergeError`.
+        """
         device = site.device
+        if self.kept:
+            return site.with_parameters({name: _brought(tensor, device) for name, tensor in self.originals.items()})
+
+        def refuse() -> Tensor:
+            raise refusal(site.name, self.names)
+
+        own = ((name, site.owner._parameters.get(name)) for name in (site.weight_name, site.bias_name))
         return site.with_parameters(
-            {name: None if tensor is None else tensor.to(device) for name, tensor in self.originals.items()}
+            {name: Absent(tensor.detach(), device, refuse) for name, tensor in own if tensor is not None}
         )
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -180,6 +163,14 @@ class Merged(NamedTuple):
                     original.data = data
                 else:  # to or from the meta device
                     self.originals[name] = nn.Parameter(data, requires_grad=original.requires_grad)
+
+
+def _brought(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a tensor on a device, to which it is moved when it is read."""
+    if tensor is None or tensor.device == device:
+        return tensor
+    form = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return Absent(form, device, functools.partial(tensor.to, device))
 
 
 def move(parameter: nn.Parameter, device: torch.device) -> None:
