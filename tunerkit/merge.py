@@ -193,9 +193,24 @@ def merge_for_good(
     _check_foldable(layers, names, safe=safe)
     progress = _progress("merging", len(layers), show=progressbar)
     with torch.no_grad(), progress as advance, _held_weakly(trainable) as trained:
-        for layer in layers:
-            trainable += [heir for old, heir in layer.merge_for_good(list(names)) if id(old) in trained]
+
+        def finish(layer: BaseTunerLayer) -> list[nn.Parameter]:
+            heirs = [heir for old, heir in layer.merge_for_good(list(names)) if id(old) in trained]
             advance()
+            return heirs
+
+        # Layers written by hand alone know whether they can, so they come first, and all of them or none.
+        heirs: list[nn.Parameter] = []
+        with Journal() as journal:
+            for layer in layers:
+                if not isinstance(layer, AdaptedLayer):
+                    note_parameters(journal, layer)
+                    journal.note_flags(layer.parameters())  # type: ignore[attr-defined]
+                    heirs += finish(layer)
+        trainable += heirs
+        for layer in layers:
+            if isinstance(layer, AdaptedLayer):
+                trainable += finish(layer)
     _untie(model, trainable)
 
 
