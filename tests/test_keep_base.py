@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunerkit import BaseTunerLayer, folding, get_base_model_state_dict, get_peft_model, merge
 from tunerkit.absent import Absent
@@ -366,6 +366,12 @@ class TestCpu:
             model.unmerge_adapter()
             assert difference(run(model), output) < 1e-5
             model.merge_adapter(["one"], keep_base="cpu")
+
+    def test_a_graph_moves_what_it_uses(self, monkeypatch):
+        layer, meta = nn.Linear(3, 4), torch.device("meta")
+        kept = Merged((), {}).put(LinearSite(layer), {"weight": torch.ones(4, 3, device=meta)}, ["one"])
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert type(kept.bare(LinearSite(layer)).weight) is Tensor
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
     def test_on_a_gpu(self, model):

@@ -169,6 +169,8 @@ def _brought(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     """Return a tensor on a device, to which it is moved when it is read."""
     if tensor is None or tensor.device == device:
         return tensor
+    if torch.compiler.is_compiling():  # a graph moves what it uses
+        return tensor.to(device)
     form = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return Absent(form, device, functools.partial(tensor.to, device))
 
