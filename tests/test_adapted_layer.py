@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tunerkit import get_peft_model
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, AdditiveAdapter, linear
 from tunerkit.errors import AdapterStateError, MergeError, UnknownAdapterError
@@ -15,6 +16,8 @@ from tunerkit.low_rank import add_low_rank
 from tunerkit.names import PerAdapter
 from tunerkit.route import Owner, routed
 from tunerkit.sites import LinearSite, make_site
+from tunerkit.testing.bench import Snapshot
+from tunerkit_lora import LoraConfig
 
 
 class LowRank(AdditiveAdapter):
@@ -600,3 +603,53 @@ def test_printed_it_names_its_methods_and_its_base():
     layer.add_adapter("a", Times(layer.site), "times")
     layer.add_adapter("b", LowRank(layer.site), "low-rank")
     assert repr(layer).startswith("low-rank+times.Linear(\n  (base_layer): Linear(in_features=3")
+
+
+@pytest.mark.parametrize("word", ["set_adapter", "set_requires_grad", "enable_adapters"])
+class TestOwnWayToSwitch:
+    """A subclass may override PEFT's calls, which the model then makes as well."""
+
+    @pytest.fixture
+    def calls(self):
+        return []
+
+    @pytest.fixture
+    def model(self, word, calls):
+        def own(layer, *args, **kwargs):
+            getattr(AdaptedLayer, word)(layer, *args, **kwargs)
+            calls.append((args, kwargs))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        model = get_peft_model(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), LoraConfig(target_modules=["0", "1"]))
+        model.add_adapter("two", LoraConfig(target_modules=["0", "1"]))
+        for layer in model.base_model.layers():
+            layer.__class__ = type("Own", (AdaptedLayer,), {word: own})
+        return model
+
+    @pytest.fixture
+    def call(self, word, model):
+        return {
+            "set_adapter": lambda: model.set_adapter("two"),
+            "set_requires_grad": lambda: model.set_requires_grad(["default", "two"], requires_grad=False),
+            "enable_adapters": model.base_model.disable_adapter_layers,
+        }[word]
+
+    def test_is_called(self, word, call, calls, model):
+        call()
+        wanted = {
+            "set_adapter": ((["two"],), {"inference_mode": False}),
+            "set_requires_grad": ((["default", "two"], False), {}),
+            "enable_adapters": ((False,), {}),
+        }[word]
+        assert calls == [wanted] * 2
+        first = model.get_base_model()[0].adapters
+        trains = {name: adapter.lora_A.weight.requires_grad for name, adapter in first.items()}
+        assert trains == {"default": False, "two": word == "set_adapter"}
+
+    def test_is_undone(self, call, calls, model):
+        calls.append(None)
+        before = Snapshot.of(model)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        assert before.differences(model) == []

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tunerkit import folding
+from tunerkit import folding, sums
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, AdditiveAdapter
 from tunerkit.errors import MergeError
 from tunerkit.route import Owner
 from tunerkit.sites import make_site
+from tunerkit.testing.bench import difference
 
 
 class Plus(AdditiveAdapter):
@@ -27,6 +28,35 @@ class Plus(AdditiveAdapter):
 
     def delta(self, base):
         return self.toy_plus
+
+
+class Factors(AdditiveAdapter):
+    entries = ("toy_left", "toy_right")
+
+    def __init__(self, site):
+        super().__init__(site, None)
+        rows, columns = site.weight.shape
+        self.scaling = 0.5
+        self.toy_left = nn.Parameter(site.normal(rows, 2))
+        self.toy_right = nn.Parameter(site.normal(2, columns))
+
+    def product(self, base):
+        return self.toy_left, self.toy_right, self.scaling
+
+
+class OwnDelta(Factors):
+    """Adds something else than the product that it inherits."""
+
+    def delta(self, base):
+        return -super().delta(base)
+
+
+class NoProductHere(Factors):
+    def product(self, base):
+        return None
+
+    def delta(self, base):
+        return 3 * self.toy_left @ self.toy_right
 
 
 class Rows(Adapter):
@@ -555,13 +585,49 @@ class TestBlocks:
         with monkeypatch.context() as patch:
             patch.setattr(folding, "changes_of", lambda *_: None)
             wanted = folding.fold(site, site, adapters, safe=False)
-        monkeypatch.setattr(folding, "_BLOCK", block)
+        monkeypatch.setattr(sums, "_BLOCK", block)
         found = folding.fold(site, site, adapters, safe=True)
         assert found.keys() == wanted.keys() == {"weight"}
         assert found["weight"].dtype is dtype
         assert (found["weight"] - before).abs().max() > 1e-3
         assert torch.equal(found["weight"], wanted["weight"])
         assert torch.equal(base.weight, before)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("block", [1, 7, 10, 1 << 20])
+    @pytest.mark.parametrize("scaling", [0.5, torch.tensor(0.5)])
+    @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        "make", [lambda: nn.Linear(5, 4), lambda: nn.Conv2d(3, 4, 2), lambda: nn.Embedding(6, 5), transposed]
+    )
+    def test_a_product_is_not_made(self, monkeypatch, make, dtype, block, scaling, factors):
+        base = make().to(dtype)
+        layer = layer_on(base, plus=Plus, product=Factors)
+        plus, product = layer.adapters.values()
+        product.to(factors).scaling = scaling
+        site = layer.bare_site
+        with torch.no_grad():
+            added = plus.toy_plus.double() + 0.5 * (product.toy_left.double() @ product.toy_right.double())
+            wanted = site.as_stored(site.weight.double() + added)
+        monkeypatch.setattr(AdditiveAdapter, "delta", None)
+        monkeypatch.setattr(sums, "_BLOCK", block)
+        found = folding.fold(site, site, [plus, product], safe=True)["weight"]
+        assert (found - base.weight).abs().max() > 1e-3
+        torch.testing.assert_close(found, wanted.to(dtype))
+
+    @pytest.mark.parametrize("kind", [OwnDelta, NoProductHere])
+    def test_what_is_no_product_after_all(self, kind):
+        layer = layer_on(nn.Linear(5, 4), some=kind)
+        site, adapter = layer.bare_site, layer.adapters["some"]
+        with torch.no_grad():
+            wanted = site.weight + adapter.delta(site)
+            assert difference(wanted, site.weight + 0.5 * adapter.toy_left @ adapter.toy_right) > 1e-3
+        torch.testing.assert_close(folding.fold(site, site, [adapter], safe=False)["weight"], wanted)
+
+    def test_a_change_says_whether_it_has_numbers(self):
+        left, right = torch.ones(4, 2), torch.ones(2, 5)
+        assert not sums.Product(left, right, 1.0, (4, 5)).is_meta
+        assert sums.Product(left.to("meta"), right, 1.0, (4, 5)).is_meta
 
     def test_more_than_adding_to_the_weight(self):
         layer = layer_on(nn.Linear(5, 4), plus=Plus, rows=Rows)

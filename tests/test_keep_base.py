@@ -8,9 +8,10 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunerkit import BaseTunerLayer, folding, get_base_model_state_dict, get_peft_model, merge
+from tunerkit.absent import Absent
 from tunerkit.errors import ArgumentError, MergeError, MergeWarning
 from tunerkit.folding import Merged
 from tunerkit.sites import LinearSite
@@ -160,8 +161,12 @@ class TestNone:
         assert difference(run(model), output) < 1e-5
         before = Snapshot.of(model)
         with pytest.raises(MergeError, match="the original parameters were not kept"):
-            model.add_adapter("four", IA3Config(target_modules=["0"], feedforward_modules=[]))
+            model.add_adapter("four", lora(use_dora=True))
         assert before.differences(model) == []
+        # One that asks for the layer's form alone starts without its numbers.
+        model.add_adapter("five", IA3Config(target_modules=["0"], feedforward_modules=[]))
+        move(model, "five", seed=2)
+        assert difference(run(model), output) < 1e-5
 
     @pytest.mark.parametrize("what", ["unfoldable", "nan"])
     def test_what_can_be_refused_is_refused_before_anything_is_done(self, model, what):
@@ -221,14 +226,17 @@ class TestNone:
 
     def test_the_bare_layer_is_not_to_be_had(self):
         site = LinearSite(nn.Linear(3, 4), "0")
-        lost = Merged(("one",), kept=False).bare(site)
+        lost = Merged(("one",), {}, kept=False).bare(site)
         assert isinstance(lost, LinearSite)
         assert lost.base is lost
         assert (lost.kind, lost.name, lost.in_features, lost.dtype) == ("linear", "0", 3, torch.float32)
-        for ask in (lambda: lost(X), lambda: lost.run(X, site.weight, None), lambda: lost.weight, lambda: lost.bias):
+        assert lost.empty(2).device == site.device
+        for ask in (lambda: lost(X), lambda: lost.module(X), lambda: lost.weight + 1, lambda: lost.bias + 1):
             with pytest.raises(MergeError) as caught:
                 ask()
             assert str(caught.value) == LOST
+        # That needs nothing of its own.
+        assert torch.equal(lost.run(X, site.weight, None), X @ site.weight.T)
 
     def test_a_layer_into_which_nothing_is_merged(self):
         assert layers(adapted(lora()))[0].forget_base() == []
@@ -329,14 +337,41 @@ class TestCpu:
         layer, meta, moved = nn.Linear(3, 4), torch.device("meta"), []
         monkeypatch.setattr(folding, "move", lambda parameter, device: moved.append((parameter, device)))
         original = layer.weight
-        kept = Merged().put(LinearSite(layer), {"weight": torch.ones(4, 3, device=meta), "bias": None}, ["one"])
+        kept = Merged((), {}).put(LinearSite(layer), {"weight": torch.ones(4, 3, device=meta), "bias": None}, ["one"])
         assert kept.bare(LinearSite(layer)).weight.device == meta
+        assert (kept.bare(LinearSite(layer)).weight + 1).device == meta
         assert original.device.type == "cpu"
         kept.take_out(LinearSite(layer))
         assert layer.weight is original
         [(parameter, device)] = moved  # nothing stood in the bias's place that says where it should be
         assert parameter is original
         assert device == meta
+
+    def test_originals_are_moved_only_where_they_are_read(self, model, monkeypatch):
+        model.add_adapter("dora", lora(use_dora=True))
+        model.merge_adapter(["one"], keep_base="cpu")
+        moved = []
+        monkeypatch.setattr(folding, "_brought", lambda tensor, device: Absent(tensor, device, lambda: here(tensor)))
+
+        def here(tensor):
+            moved.append(tuple(tensor.shape))
+            return tensor
+
+        for name, expected in (("two", []), ("dora", [(4, 3), (3, 4)])):
+            with torch.no_grad():
+                for layer in layers(model):
+                    layer._activate(["one", name])
+                output = run(model)
+            assert moved == expected
+            model.unmerge_adapter()
+            assert difference(run(model), output) < 1e-5
+            model.merge_adapter(["one"], keep_base="cpu")
+
+    def test_a_graph_moves_what_it_uses(self, monkeypatch):
+        layer, meta = nn.Linear(3, 4), torch.device("meta")
+        kept = Merged((), {}).put(LinearSite(layer), {"weight": torch.ones(4, 3, device=meta)}, ["one"])
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert type(kept.bare(LinearSite(layer)).weight) is Tensor
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
     def test_on_a_gpu(self, model):

@@ -266,18 +266,17 @@ class Hand(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge=False, adapter_names=None):
         for name in adapter_names or self.active_adapters:
-            self.base_layer.weight.data += self.toy_delta[name].data
-            self.merged_adapters.append(name)
+            if name in self.toy_delta:
+                self.base_layer.weight.data += self.toy_delta[name].data
+                self.merged_adapters.append(name)
 
     def unmerge(self):
         while self.merged_adapters:
             self.base_layer.weight.data -= self.toy_delta[self.merged_adapters.pop()].data
 
     def forward(self, x):
-        extra = (
-            0 if self.disable_adapters or self.merged else sum(x @ self.toy_delta[n].T for n in self.active_adapters)
-        )
-        return self.base_layer(x) + extra
+        names = [] if self.disable_adapters or self.merged else self.active_adapters
+        return self.base_layer(x) + sum(x @ self.toy_delta[name].T for name in names if name in self.toy_delta)
 
 
 class Bare(Hand):
@@ -317,6 +316,21 @@ class TestByHand:
         model.merge_adapter(keep_base=keep)
         assert all(layer.merged for layer in model.base_model.layers())
         torch.testing.assert_close(run(model), output)
+
+    @pytest.mark.parametrize("adapter_too", [False, True])
+    def test_for_good_all_or_none(self, model, adapter_too):
+        if adapter_too:
+            model.add_adapter("low", LoraConfig(r=2, target_modules=["3"]))
+            move(model, "low")
+            model.base_model.set_adapter(["default", "low"])
+        before, output = Snapshot.of(model), run(model)
+        if isinstance(model.get_base_model()[2], Bare):
+            with pytest.raises(NotImplementedError, match="Bare does not define merge"):
+                model.merge_and_unload()
+            assert before.differences(model) == []
+            assert same_bits(run(model), output)
+        else:
+            torch.testing.assert_close(run(model.merge_and_unload()), output)
 
     def test_all_or_none(self, model):
         before, output = Snapshot.of(model), run(model)

@@ -147,7 +147,7 @@ class AdaptedLayer(AdapterHolder):
         site, merged = self.site, self._merged
         bare = site if merged is None else merged.bare(site)
         tensors = fold(site, bare, [self._adapters[name] for name in names], safe=safe_merge)
-        self.__dict__["_merged"] = (merged or Merged()).put(site, tensors, names)
+        self.__dict__["_merged"] = (merged or Merged((), {})).put(site, tensors, names)
         self._settle()
 
     def unmerge(self) -> None:
@@ -170,7 +170,7 @@ class AdaptedLayer(AdapterHolder):
         if self._merged is None:
             return []
         originals, heirs = self._merged.originals, self.site.owner._parameters
-        self.__dict__["_merged"] = Merged(self._merged.names, kept=False)
+        self.__dict__["_merged"] = Merged(self._merged.names, {}, kept=False)
         pairs = ((old, heirs[name]) for name, old in originals.items())
         return [(old, heir) for old, heir in pairs if old is not None and heir is not None]
 

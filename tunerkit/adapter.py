@@ -201,7 +201,7 @@ class Adapter(LeanModule):
 
 
 class AdditiveAdapter(Adapter):
-    """A method that adds something to the weight."""
+    """A method that adds something to the weight: it defines `delta`, or `product` where that is one."""
 
     commutes: bool = True
 
@@ -214,8 +214,26 @@ class AdditiveAdapter(Adapter):
         Returns:
             A tensor with as many numbers as `base.weight`.
         """
-        msg = f"{type(self).__name__} must define delta(base)."
-        raise NotImplementedError(msg)
+        product = self.product(base)
+        if product is None:
+            msg = f"{type(self).__name__} must define delta(base)."
+            raise NotImplementedError(msg)
+        left, right, scaling = product
+        return (scaling * left) @ right
+
+    def product(self, base: Site) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        """Return what is added to the weight as the product of two factors, or None if it is not one.
+
+        Then it is merged without a tensor of the weight's size besides the weights.
+
+        Args:
+            base: The bare layer.
+
+        Returns:
+            ``L``, rows x r, ``R``, r x columns, and ``s``, a number: ``s L R`` has the form of `base.weight`.
+        """
+        del base
+        return None
 
     def delta_bias(self, base: Site) -> Tensor | None:
         """Return what is added to the bias, of size out, or None; the layer itself may have no bias.

@@ -197,9 +197,40 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         """Make adapters active and trainable, and freeze the others; see `BaseTunerLayer.set_adapter`."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.check_together(names)
-        self._switch(names, [] if inference_mode else names, [])
+        self._set(names, [] if inference_mode else names, [])
+
+    # The model calls these three. They pass over the methods with PEFT's names, unless a subclass has its own: then
+    # what trains is noted first, for such a method does not know `changed`.
 
     def _switch(self, active: list[str], trains: list[str], changed: list[Flag]) -> None:
+        """Make adapters active and let all of them train, or none, which is what `trains` holds."""
+        if type(self).set_adapter is AdapterHolder.set_adapter:
+            self._set(active, trains, changed)
+        else:
+            changed += self._flags()
+            super()._switch(active, trains, changed)
+
+    def _let_train(self, names: Sequence[str], changed: list[Flag], *, trains: bool) -> None:
+        """Say whether adapters train."""
+        if type(self).set_requires_grad is AdapterHolder.set_requires_grad:
+            self._set_trains(names, changed, trains=trains)
+        else:
+            changed += self._flags()
+            super()._let_train(names, changed, trains=trains)
+
+    def _switch_on(self, changed: list[Flag], *, enabled: bool) -> None:
+        """Switch all adapters off, or on again."""
+        if type(self).enable_adapters is AdapterHolder.enable_adapters:
+            self._enable(changed, enabled=enabled)
+        else:
+            changed += self._flags()
+            super()._switch_on(changed, enabled=enabled)
+
+    def _flags(self) -> list[Flag]:
+        """Return which of the adapters' tensors train now."""
+        return [(one, one.requires_grad) for name in self._adapters for one in self.trainable_tensors(name)]
+
+    def _set(self, active: list[str], trains: list[str], changed: list[Flag]) -> None:
         """Make adapters active, let some of them train, and freeze the others; names not known here are passed over.
 
         While all are switched off, those that are to train do so as soon as they are on again.
@@ -216,18 +247,19 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters train; names that this layer does not have are passed over."""
-        self._let_train([adapter_names] if isinstance(adapter_names, str) else adapter_names, [], trains=requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._set_trains(names, [], trains=requires_grad)
 
-    def _let_train(self, names: Sequence[str], changed: list[Flag], *, trains: bool) -> None:
+    def _set_trains(self, names: Sequence[str], changed: list[Flag], *, trains: bool) -> None:
         """Say whether adapters train; names that this layer does not have are passed over."""
         for name in names:
             set_trains(self.trainable_tensors(name), changed, trains=trains)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, or on again; what is merged is taken out and put back: off means the base layer."""
-        self._switch_on([], enabled=enabled)
+        self._enable([], enabled=enabled)
 
-    def _switch_on(self, changed: list[Flag], *, enabled: bool) -> None:
+    def _enable(self, changed: list[Flag], *, enabled: bool) -> None:
         """Switch all adapters off, or on again; see `enable_adapters`."""
         if enabled != self._disable_adapters:
             return

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+import functools
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from tunerkit.absent import Absent
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import MergeError, UnknownAdapterError
 from tunerkit.naming import listing
+from tunerkit.sums import HALF, Product, sum_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +20,7 @@ if TYPE_CHECKING:
     from tunerkit.adapted_layer import AdaptedLayer
     from tunerkit.adapter import Adapter
     from tunerkit.sites import Below, Site
-
-_HALF = (torch.float16, torch.bfloat16)
-
-_BLOCK = 1 << 18
-"""How many numbers are added up at once."""
+    from tunerkit.sums import Change
 
 
 class Stacked:
@@ -89,33 +86,6 @@ class _Given:
         return self.base.run(x, weight, bias)
 
 
-class Lost:
-    """The bare layer where its own parameters were not kept: it runs and reads nothing, and is otherwise the layer."""
-
-    def __init__(self, site: Site, names: Sequence[str]) -> None:
-        self._site = site
-        self._names = names
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The class of the site, which says what kind of layer it is."""
-        return type(self._site)
-
-    @property
-    def base(self) -> Lost:
-        """The bare layer: this."""
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        if name in {"weight", "bias", "stored", "run", "with_parameters"}:
-            raise refusal(self._site.name, self._names)
-        return getattr(self._site, name)
-
-    def __call__(self, *_args: Any, **_kwargs: Any) -> Tensor:
-        """Raise `MergeError`."""
-        raise refusal(self._site.name, self._names)
-
-
 def refusal(layer: str, names: Sequence[str]) -> MergeError:
     """Return the error for what needs a layer's own parameters, which were not kept when adapters were merged."""
     return MergeError(
@@ -125,8 +95,7 @@ def refusal(layer: str, names: Sequence[str]) -> MergeError:
     )
 
 
-@dataclass(frozen=True)
-class Merged:
+class Merged(NamedTuple):
     """What is merged into a layer, and the parameters that were there before, the same objects.
 
     Attributes:
@@ -135,8 +104,8 @@ class Merged:
         kept: Whether they were.
     """
 
-    names: tuple[str, ...] = ()
-    originals: dict[str, nn.Parameter | None] = field(default_factory=dict)
+    names: tuple[str, ...]
+    originals: dict[str, nn.Parameter | None]
     kept: bool = True
 
     def put(self, site: Site, tensors: dict[str, Tensor | None], names: Sequence[str]) -> Merged:
@@ -168,12 +137,21 @@ class Merged:
             held[name] = original
 
     def bare(self, site: Site) -> Site:
-        """Return the site as it is without what is merged."""
-        if not self.kept:
-            return cast("Site", Lost(site, self.names))
+        """Return the site as it is without what is merged.
+
+        Originals that wait on another device are moved when they are read, which many adapters do not do. Of those that
+        were not kept only the form is there, and reading them raises `MergeError`.
+        """
         device = site.device
+        if self.kept:
+            return site.with_parameters({name: _brought(tensor, device) for name, tensor in self.originals.items()})
+
+        def refuse() -> Tensor:
+            raise refusal(site.name, self.names)
+
+        own = ((name, site.owner._parameters.get(name)) for name in (site.weight_name, site.bias_name))
         return site.with_parameters(
-            {name: None if tensor is None else tensor.to(device) for name, tensor in self.originals.items()}
+            {name: Absent(tensor.detach(), device, refuse) for name, tensor in own if tensor is not None}
         )
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -185,6 +163,16 @@ class Merged:
                     original.data = data
                 else:  # to or from the meta device
                     self.originals[name] = nn.Parameter(data, requires_grad=original.requires_grad)
+
+
+def _brought(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a tensor on a device, to which it is moved when it is read."""
+    if tensor is None or tensor.device == device:
+        return tensor
+    if torch.compiler.is_compiling():  # a graph moves what it uses
+        return tensor.to(device)
+    form = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return Absent(form, device, functools.partial(tensor.to, device))
 
 
 def move(parameter: nn.Parameter, device: torch.device) -> None:
@@ -199,15 +187,20 @@ def merge_order(layer: AdaptedLayer, asked: Sequence[str]) -> list[str]:
     Raises:
         MergeError: One of them has no merged form, or stands on an adapter that stays and does not commute with it.
     """
-    adapters, merged = layer._adapters, layer.merged_adapters
-    active = [name for name in layer.active_adapters if name in adapters and name not in merged]
-    wanted = [name for name in dict.fromkeys(asked) if name in adapters and name not in merged]
-    names = [name for name in active if name in wanted] + [name for name in wanted if name not in active]
+    adapters, merged = layer._adapters, layer._merged
+    inside = () if merged is None else merged.names
+    active = [name for name in layer.active_adapters if name in adapters and name not in inside]
+    wanted = [name for name in dict.fromkeys(asked) if name in adapters and name not in inside]
+    names = active
+    if wanted != active:
+        names = [name for name in active if name in wanted] + [name for name in wanted if name not in active]
     for name in names:
         reason = adapters[name].unfoldable
         if reason is not None:
             msg = f"The adapter {name!r} on {layer.site.name!r} cannot be merged: {reason}. Keep it as an adapter."
             raise MergeError(msg)
+        if names is active:
+            continue
         under = active[: active.index(name)] if name in active else active
         for other in under:
             if other not in names and not (adapters[name].commutes and adapters[other].commutes):
@@ -234,27 +227,22 @@ def fold(site: Site, bare: Site, adapters: Sequence[Adapter], *, safe: bool) -> 
     Raises:
         MergeError: The result holds NaN or infinities and `safe` is set.
     """
-    with torch.no_grad():
-        tensors = _folded(site, bare, adapters)
-        for name, tensor in tensors.items():
-            if safe and tensor is not None and not torch.isfinite(tensor).all():
-                msg = (
-                    f"Merging into {site.name!r} would put NaN or infinities into its {name}; "
-                    "nothing was changed there."
-                )
-                raise MergeError(msg)
-            # A view of the layer's own tensor must not be held twice.
-            if tensor is not None and tensor.data_ptr() == _pointer(site.owner._parameters.get(name)):
-                tensors[name] = tensor.clone()
+    if torch.is_grad_enabled():  # whoever folds in many layers switches it off once
+        with torch.no_grad():
+            return fold(site, bare, adapters, safe=safe)
+    changes = changes_of(site, bare, adapters)
+    tensors: dict[str, Tensor | None]
+    tensors = _folded(site, bare, adapters) if changes is None else {site.weight_name: sum_of(site.stored, changes)}
+    for name, tensor in tensors.items() if safe else ():
+        if tensor is not None and not torch.isfinite(tensor).all():
+            msg = f"Merging into {site.name!r} would put NaN or infinities into its {name}; nothing was changed there."
+            raise MergeError(msg)
     return tensors
 
 
 def _folded(site: Site, bare: Site, adapters: Sequence[Adapter]) -> dict[str, Tensor | None]:
-    changes = changes_of(site, bare, adapters)
-    if changes is not None:
-        return {site.weight_name: _sum(site.stored, changes)}
-    weight, bias = site.weight, site.bias
-    if weight.dtype in _HALF:
+    weight, bias, held = site.weight, site.bias, site.owner._parameters
+    if weight.dtype in HALF:
         weight, bias = weight.float(), None if bias is None else bias.float()
     below = stacked(adapters, _Given(bare, weight, bias))
     tensors = site.to_stored(below.weight, below.bias)
@@ -262,62 +250,55 @@ def _folded(site: Site, bare: Site, adapters: Sequence[Adapter]) -> dict[str, Te
     for name, unchanged in ((site.weight_name, below.weight is weight), (site.bias_name, below.bias is bias)):
         if unchanged:
             tensors.pop(name, None)
+    for name, tensor in tensors.items():
+        # A view of the layer's own tensor must not be held twice.
+        if tensor is not None and tensor.data_ptr() == _pointer(held.get(name)):
+            tensors[name] = tensor.clone()
     return tensors
 
 
-def changes_of(site: Site, bare: Site, adapters: Sequence[Adapter]) -> list[Tensor] | None:
+def changes_of(site: Site, bare: Site, adapters: Sequence[Adapter]) -> list[Change] | None:
     """Return what adapters add to the weight, in the shape in which the layer stores it, if they do no more than that.
 
-    Then `add_up` gives the folded weight piece by piece, and no tensor of its size is needed besides these.
+    Then `sum_of` gives the folded weight piece by piece, and no tensor of its size is needed besides these.
 
     Args:
         site: The layer as it is.
         bare: The layer without what is merged already.
         adapters: From the lowest to the topmost.
     """
-    adding = [
-        adapter for adapter in adapters if isinstance(adapter, AdditiveAdapter) and _adds_to_weight(adapter, bare)
-    ]
-    if not adding or len(adding) < len(adapters):
+    ways = [_way_of_adding(type(adapter)) for adapter in adapters]  # type: ignore[arg-type]
+    if not ways or None in ways:
         return None
     weight, stored = site.weight, site.stored
-    if weight is stored:
-        shape = weight.shape
-        return [adapter.delta(bare).reshape(shape) for adapter in adding]
-    if weight.data_ptr() != stored.data_ptr():  # it is computed from what is stored
+    if weight is not stored and weight.data_ptr() != stored.data_ptr():  # it is computed from what is stored
         return None
-    return [site.as_stored(adapter.delta(bare).reshape(weight.shape)) for adapter in adding]
+    changes: list[Change] = []
+    for adapter, way in zip(cast("Sequence[AdditiveAdapter]", adapters), ways, strict=True):
+        if adapter.delta_bias(bare) is not None:
+            return None
+        product = adapter.product(bare) if way == "product" else None
+        if product is None:
+            change = adapter.delta(bare).reshape(weight.shape)
+            changes.append(change if weight is stored else site.as_stored(change))
+        else:
+            left, right, scaling = product
+            if site.transposed:
+                left, right = right.T, left.T
+            changes.append(Product(left, right, scaling, stored.shape))
+    return changes
 
 
-def _adds_to_weight(adapter: AdditiveAdapter, bare: Site) -> bool:
-    return type(adapter).merged is AdditiveAdapter.merged and adapter.delta_bias(bare) is None
+@functools.cache
+def _way_of_adding(kind: type[Adapter]) -> str | None:
+    """Return which method says what adapters of a class add to the weight, or None if they may do something else.
 
-
-def rows_at_once(shape: Sequence[int]) -> int:
-    """Return how many rows of a tensor are added up at once."""
-    return max(1, _BLOCK // max(1, math.prod(shape[1:])))
-
-
-def split_rows(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Return a tensor as blocks of rows."""
-    return torch.atleast_1d(tensor).split(rows_at_once(tensor.shape))  # type: ignore[no-any-return, no-untyped-call]
-
-
-def add_up(weight: Tensor, changes: Sequence[Tensor]) -> Tensor:
-    """Return a weight, or some rows of it, with what is added; half precision is added in float32 and rounded once."""
-    exact = weight.float() if weight.dtype in _HALF else weight
-    for change in changes:
-        exact = exact + change
-    return exact.to(weight.dtype)
-
-
-def _sum(weight: Tensor, changes: Sequence[Tensor]) -> Tensor:
-    if weight.numel() <= _BLOCK:
-        return add_up(weight, changes)
-    total = torch.empty_like(weight)
-    for place, own, *added in zip(*(split_rows(tensor) for tensor in (total, weight, *changes)), strict=True):
-        place.copy_(add_up(own, added))
-    return total
+    A `product` that is inherited does not count for a class with a `delta` of its own.
+    """
+    if not issubclass(kind, AdditiveAdapter) or kind.merged is not AdditiveAdapter.merged:
+        return None
+    says = ("product", "delta")
+    return next(word for base in kind.__mro__ for word in says if word in vars(base))
 
 
 def delta_weight(bare: Site, adapters: Mapping[str, Adapter], name: str) -> Tensor:
@@ -336,7 +317,7 @@ def delta_weight(bare: Site, adapters: Mapping[str, Adapter], name: str) -> Tens
     if adapter.unfoldable is not None:
         msg = f"The adapter {name!r} on {bare.name!r} does not change its weight: {adapter.unfoldable}."
         raise MergeError(msg)
-    if bare.dtype in _HALF:
+    if bare.dtype in HALF:
         bare = bare.with_parameters({bare.weight_name: bare.stored.float()})
     weight = bare.weight
     delta = adapter.delta(bare) if isinstance(adapter, AdditiveAdapter) else adapter.merged(bare)[0] - weight

@@ -15,7 +15,7 @@ from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.errors import ArgumentError, MergeError, MergeWarning
 from tunerkit.folding import fold, merge_order, move
 from tunerkit.journal import Journal
-from tunerkit.layer import BaseTunerLayer, layers_in
+from tunerkit.layer import BaseTunerLayer, is_layer, layers_in
 from tunerkit.model_config import embedding_layers
 from tunerkit.modules import modules_in
 from tunerkit.names import EntryModule
@@ -56,14 +56,14 @@ def merge_layers(
     if keep_base == "none":
         _check_foldable(layers, names, safe=safe)
         _merge_by_hand(layers, names, safe=safe)
-        with _held_weakly(trainable) as trained:
+        with torch.no_grad(), _held_weakly(trainable) as trained:
             for layer in layers:
                 if isinstance(layer, AdaptedLayer):
                     layer.merge(safe_merge=safe, adapter_names=list(names))
                     trainable += [heir for old, heir in layer.forget_base() if id(old) in trained]
         return
     shared = _shared_parameters(model) if keep_base == "cpu" else set()
-    with Journal() as journal:
+    with torch.no_grad(), Journal() as journal:
         for layer in layers:
             note_parameters(journal, layer)
             layer.merge(safe_merge=safe, adapter_names=list(names))
@@ -191,10 +191,26 @@ def merge_for_good(
     layers = layers_in(model)
     _check(model, layers, names)
     _check_foldable(layers, names, safe=safe)
-    with _progress("merging", len(layers), show=progressbar) as advance, _held_weakly(trainable) as trained:
-        for layer in layers:
-            trainable += [heir for old, heir in layer.merge_for_good(list(names)) if id(old) in trained]
+    progress = _progress("merging", len(layers), show=progressbar)
+    with torch.no_grad(), progress as advance, _held_weakly(trainable) as trained:
+
+        def finish(layer: BaseTunerLayer) -> list[nn.Parameter]:
+            heirs = [heir for old, heir in layer.merge_for_good(list(names)) if id(old) in trained]
             advance()
+            return heirs
+
+        # Layers written by hand alone know whether they can, so they come first, and all of them or none.
+        heirs: list[nn.Parameter] = []
+        with Journal() as journal:
+            for layer in layers:
+                if not isinstance(layer, AdaptedLayer):
+                    note_parameters(journal, layer)
+                    journal.note_flags(layer.parameters())  # type: ignore[attr-defined]
+                    heirs += finish(layer)
+        trainable += heirs
+        for layer in layers:
+            if isinstance(layer, AdaptedLayer):
+                trainable += finish(layer)
     _untie(model, trainable)
 
 
@@ -242,22 +258,22 @@ def _check(model: nn.Module, layers: Sequence[BaseTunerLayer], names: Sequence[s
 
 def check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
     """Refuse to merge into a module that also stands where the adapters do not apply, or where others do."""
-    holders: dict[int, dict[int, str]] = {}
-    targets: list[tuple[int, int]] = []
-    for path, module, _, _ in places(model):
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        holders.setdefault(id(base), {}).setdefault(id(module), path)
-        folds = isinstance(module, BaseTunerLayer) and not module.replaces
-        if folds and not set(names).isdisjoint(module.available_adapters):  # type: ignore[arg-type]
-            targets.append((id(base), id(module)))
-    for base_id, layer_id in targets:
-        others = [path for holder, path in holders[base_id].items() if holder != layer_id]
-        if others:
-            here = holders[base_id][layer_id]
+    holders: dict[int, nn.Module] = {}
+    twice: set[int] = set()
+    for _, module, _, _ in places(model):
+        base = id(bare(module))
+        if holders.setdefault(base, module) is not module:
+            twice.add(base)
+    if not twice:
+        return
+    here = [(path, module) for path, module, _, _ in places(model) if id(bare(module)) in twice]
+    for path, module in here:
+        if is_layer(module) and not module.replaces and not set(names).isdisjoint(module.available_adapters):
+            others = [place for place, other in here if other is not module and bare(other) is bare(module)]
             msg = (
-                f"The module at {here!r} also stands at {listing(others)}, where other adapters apply or none, so "
-                "merging into it would change the output there. Target all of its places with one adapter, or keep "
-                "the adapter as it is."
+                f"The module at {path!r} also stands at {listing(others)}, where other adapters apply "
+                "or none, so merging into it would change the output there. Target all of its places with one adapter, "
+                "or keep the adapter as it is."
             )
             raise MergeError(msg)
 

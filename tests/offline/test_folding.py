@@ -10,9 +10,10 @@ from toys import registered, rotation
 from tunerkit import Method, get_peft_model
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.errors import MergeError
-from tunerkit.folding import fold, split_rows
+from tunerkit.folding import fold
 from tunerkit.offline.folding import fold_layer
 from tunerkit.sites import LinearSite
+from tunerkit.sums import split_rows
 from tunerkit_lora import LoraConfig
 
 
@@ -42,7 +43,7 @@ def test_block_by_block_it_is_what_the_core_folds(monkeypatch, dtype, block):
     site = layer.site.with_parameters(tensors)
     wanted = fold(site, site, [layer.adapters["default"]], safe=False)
     assert not torch.equal(wanted["weight"], tensors["weight"])
-    monkeypatch.setattr("tunerkit.folding._BLOCK", block)
+    monkeypatch.setattr("tunerkit.sums._BLOCK", block)
     folded = fold_whole(layer, tensors, config)
     assert folded.keys() == wanted.keys() == {"weight"}
     assert folded["weight"].dtype is dtype

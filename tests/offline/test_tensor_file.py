@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from tunerkit.errors import CheckpointError
-from tunerkit.folding import split_rows
 from tunerkit.offline import tensor_file
 from tunerkit.offline.tensor_file import TensorFile
+from tunerkit.sums import split_rows
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.int8), "none": torch.zeros(0, 2)}
 
@@ -45,7 +45,7 @@ def test_tensors_and_bytes(path, key, monkeypatch):
 
 @pytest.mark.parametrize("block", [1, 3, 6])
 def test_rows(path, block, monkeypatch):
-    monkeypatch.setattr("tunerkit.folding._BLOCK", block)
+    monkeypatch.setattr("tunerkit.sums._BLOCK", block)
     file = TensorFile.open(path)
     for key in ("a", "b"):
         found, wanted = list(file.rows(key)), split_rows(TENSORS[key])

@@ -56,7 +56,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def good(folder):
+def good(tmp_path_factory):
+    """What a checkpoint holds that is as it should be; not of `folder`, which attacks write to."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("good"), LoraConfig(r=1, target_modules=["0", "2"]))
     return (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunerkit.errors import MergeError
-from tunerkit.folding import add_up, changes_of, fold, split_rows
+from tunerkit.folding import changes_of, fold
 from tunerkit.sites import make_on_meta
+from tunerkit.sums import add_up, split_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tunerkit.adapter import Adapter
     from tunerkit.config import PeftConfig
     from tunerkit.sites import Site
+    from tunerkit.sums import Change
 
 
 def fold_layer(
@@ -35,7 +37,7 @@ def fold_layer(
     Args:
         layer: A layer of the skeleton, whose own parameters are on the meta device.
         tensors: The layer's parameters by name, with their data; not kept.
-        rows: Reads one of them by its name, as the blocks of `tunerkit.folding.split_rows`.
+        rows: Reads one of them by its name, as the blocks of `tunerkit.sums.split_rows`.
         config: The adapters' config.
 
     Raises:
@@ -44,20 +46,22 @@ def fold_layer(
     """
     site = layer.site.with_parameters(tensors)
     adapters = [_derived(layer.adapters[name], site, config) for name in layer.active_adapters]
+    prefix = f"{layer.site.name}." if layer.site.name else ""
     folded: dict[str, Iterable[Tensor]] = {}
     with torch.no_grad():
         changes = changes_of(site, site, adapters)
-        made = fold(site, site, adapters, safe=False) if changes is None else {site.weight_name: changes[0]}
-        for name, tensor in made.items():
+        if changes is not None:
+            name = site.weight_name
+            _check_same_form(prefix + name, changes[0], tensors.get(name))
+            return {name: _checked(prefix + name, _sums(rows(name), changes))}
+        for name, tensor in fold(site, site, adapters, safe=False).items():
             if tensor is not None:
-                full = f"{layer.site.name}.{name}" if layer.site.name else name
-                _check_same_form(full, tensor, tensors.get(name))
-                blocks = split_rows(tensor) if changes is None else _sums(rows(name), changes)
-                folded[name] = _checked(full, blocks)
+                _check_same_form(prefix + name, tensor, tensors.get(name))
+                folded[name] = _checked(prefix + name, split_rows(tensor))
     return folded
 
 
-def _sums(rows: Iterable[Tensor], changes: Sequence[Tensor]) -> Iterator[Tensor]:
+def _sums(rows: Iterable[Tensor], changes: Sequence[Change]) -> Iterator[Tensor]:
     for own, *added in zip(rows, *map(split_rows, changes), strict=True):
         yield add_up(own, added)
 
@@ -79,7 +83,7 @@ def _derived(adapter: Adapter, site: Site, config: PeftConfig) -> Adapter:
     return made
 
 
-def _check_same_form(name: str, tensor: Tensor, before: Tensor | None) -> None:
+def _check_same_form(name: str, tensor: Change, before: Tensor | None) -> None:
     if before is None or before.shape != tensor.shape:
         found = "no such tensor" if before is None else f"one of shape {tuple(before.shape)}"
         msg = (

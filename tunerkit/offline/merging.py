@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from tunerkit.checkpoint.encoding import bytes_of
 from tunerkit.checkpoint.folder import check_folder
 from tunerkit.errors import CheckpointError, LoadWarning, MergeError
-from tunerkit.folding import split_rows
 from tunerkit.functional import loading_for
 from tunerkit.naming import method_id
 from tunerkit.offline.becoming import decide
@@ -27,6 +26,7 @@ from tunerkit.offline.writing import TensorWriter, check_out, new_folder, write_
 from tunerkit.plugins import get_method
 from tunerkit.replication import wanted_ranges
 from tunerkit.saved import SavedAdapter
+from tunerkit.sums import split_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

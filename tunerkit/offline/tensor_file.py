@@ -13,7 +13,7 @@ from tunerkit.checkpoint.encoding import NAMES
 from tunerkit.checkpoint.folder import check_file, unreadable
 from tunerkit.checkpoint.header import METADATA, broken, read_header
 from tunerkit.errors import CheckpointError
-from tunerkit.folding import rows_at_once
+from tunerkit.sums import rows_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -113,7 +113,7 @@ class TensorFile:
         return tensor
 
     def rows(self, key: str) -> Iterator[torch.Tensor]:
-        """Go through a tensor in the blocks of `tunerkit.folding.split_rows`, none of which is kept.
+        """Go through a tensor in the blocks of `tunerkit.sums.split_rows`, none of which is kept.
 
         Raises:
             CheckpointError: The file cannot be read any more.

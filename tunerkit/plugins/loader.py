@@ -315,7 +315,7 @@ def _import(offer: Offer) -> object:
         raise
     except BaseException as error:
         # Also SystemExit: a plugin that calls sys.exit() must not end the program.
-        msg = f"importing {offer.module} raised {_describe(error)}."
+        msg = f"importing {offer.module} raised {_describe(error)}"
         if isinstance(error, ModuleNotFoundError) and error.name == offer.module:
             msg = f"its module {offer.module} is not there, though the package's metadata is."
         raise PluginError(msg) from error
@@ -326,8 +326,10 @@ def _failure(offer: Offer, error: BaseException) -> Failure:
         _failed_modules.add(offer.module)
     if isinstance(error, PluginError):
         return Failure(str(error), error.__cause__)
-    return Failure(f"loading it raised {_describe(error)}.", error)
+    return Failure(f"loading it raised {_describe(error)}", error)
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """Return an error as the end of a sentence, with one full stop, whether its own words end in one or not."""
+    words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return words if words.endswith((".", "!", "?")) else f"{words}."

@@ -48,8 +48,8 @@ class LoraConvolution(LoraAdapter):
         """Return the convolutions that hold the factors."""
         return site.convolution(first), site.pointwise(second, bias)
 
-    def delta(self, base: Site) -> Tensor:
-        """Return ``s B A`` for flattened kernels, out x (in * size of the kernel).
+    def product(self, base: Site) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        """Return ``B``, ``A`` for flattened kernels, r x (in * size of the kernel), and ``s``.
 
         Raises:
             MergeError: The layer has groups.
@@ -57,7 +57,7 @@ class LoraConvolution(LoraAdapter):
         if self.unfoldable is not None:
             msg = f"The adapter on {base.name!r} adds nothing that fits its weight: {self.unfoldable}."
             raise MergeError(msg)
-        return super().delta(base)
+        return super().product(base)
 
     def has_effect(self, base: Site) -> bool:
         """Return whether this adapter changes the layer; see `Adapter.has_effect`."""

@@ -48,10 +48,10 @@ class LoraEmbedding(LowRankAdapter):
         """Return the tokens themselves, which cannot be dropped in part."""
         return x
 
-    def delta(self, base: Site) -> Tensor:
-        """Return ``s (B A)^T``, tokens x width."""
+    def product(self, base: Site) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        """Return ``A^T``, tokens x r, ``B^T`` and ``s``."""
         del base
-        return self.scaling * (self.lora_embedding_A.T @ self.lora_embedding_B.T)
+        return self.lora_embedding_A.T, self.lora_embedding_B.T, self.scaling
 
     def forward(self, x: Tensor, below: Below) -> Tensor:
         """Return the inherited result from the rows that are asked for alone, where the layer only looks them up."""
