@@ -48,12 +48,17 @@ class HookCalls:
 
         It takes the hook's arguments in their order.
         """
-        if getattr(type(self), name) is not getattr(HookCalls, name):
+        if getattr(type(self), name) is not _OWN[name]:
             return getattr(self, name)  # type: ignore[no-any-return]
         return self._method_of(config).caller(name)
 
     def _method_of(self, config: PeftConfig) -> LoadedMethod:
         return get_method(str(config.peft_type))
+
+
+_HOOKS = ("_prepare_adapter_config", "_check_target_module_exists", "_create_and_replace")
+_OWN = {name: vars(HookCalls)[name] for name in _HOOKS}
+"""The methods as they are here: what replaces one of them in this class is called too."""
 
 
 def declared_method(kind: type) -> str | None:
@@ -63,7 +68,4 @@ def declared_method(kind: type) -> str | None:
 
 def overrides_hooks(kind: type) -> bool:
     """Return whether a tuner's class overrides one of the methods that call the hooks."""
-    return any(
-        getattr(kind, name) is not getattr(HookCalls, name)
-        for name in ("_prepare_adapter_config", "_check_target_module_exists", "_create_and_replace")
-    )
+    return any(getattr(kind, name) is not getattr(HookCalls, name) for name in _HOOKS)
