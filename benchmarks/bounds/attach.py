@@ -138,6 +138,30 @@ def switch(layers: list[nn.Module], name: str) -> None:
         state["active"] = name
 
 
+def switch_off_and_on(layers: list[nn.Module]) -> None:
+    """Freeze what trains and remember it, as `disable_adapter()` does, and let it train again."""
+    notes: list[Any] = []
+    changed: list[tuple[Tensor, bool]] = []
+    for layer in layers:
+        state = layer.__dict__
+        notes.append((layer, state.get("trained")))
+        parameters = [
+            parameter
+            for adapter in state["adapters"].values()
+            for held in adapter._modules.values()
+            for parameter in held._parameters.values()
+        ]
+        state["trained"] = trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in trained:
+            changed.append((parameter, True))
+            parameter.requires_grad = False
+    for layer in layers:
+        notes.append((layer, layer.__dict__["trained"]))
+        for parameter in layer.__dict__["trained"]:
+            changed.append((parameter, False))
+            parameter.requires_grad = True
+
+
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     """Return microseconds of CPU time a layer, and what the work returned."""
     gc.collect()
@@ -161,6 +185,8 @@ def main() -> None:
         figures.setdefault("bound, second", []).append(took)
         took, _ = timed(lambda layers=layers: switch(layers, "second"))
         figures.setdefault("bound, set_adapter", []).append(took)
+        took, _ = timed(lambda layers=layers: switch_off_and_on(layers))
+        figures.setdefault("bound, disable", []).append(took)
     for what, taken in figures.items():
         print(f"{what:20} {statistics.median(taken):6.1f} us")
 
