@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tunerkit.errors import AdapterStateError, PluginError
 from tunerkit.layer import BaseTunerLayer, is_layer
 from tunerkit.lean import begin
-from tunerkit.modules import cast_up, frozen_keys, parameters_in, set_trains, state_of, tensors_in
+from tunerkit.modules import cast_up, frozen_keys, parameters_in, set_modes, set_trains, state_of, tensors_in
 from tunerkit.names import entries_of, expose, withdraw
 from tunerkit.naming import listing
 
@@ -148,7 +148,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         state["_method"], state["_layer_class"] = method, layer_class
         state["_frozen"] = frozen_keys(adapter, tensors)
         if adapter.training != self.training:
-            adapter.train(self.training)
+            set_modes((adapter,), self.training)
         self._adapters[name] = adapter
         expose(self, self._adapters, name)  # type: ignore[arg-type]
 
