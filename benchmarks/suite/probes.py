@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -42,6 +43,7 @@ def probe(what: str, side: Side, **settings: Any) -> float:
 
 def measure_import(side: Side) -> float:
     """Return the CPU time of importing torch and then a library, as a multiple of the first."""
+    gc.disable()  # as in all timings: a full collection takes as long as importing us, and falls where it will
     start = time.process_time()
     __import__("torch")
     torch = time.process_time() - start
