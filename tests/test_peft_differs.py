@@ -441,7 +441,7 @@ class TestStarts:
         with torch.no_grad():
             for name, tensor in theirs.named_parameters():
                 if "lora_" in name:
-                    tensor.normal_()
+                    tensor.normal_(std=0.3)  # small: softmax makes much of the last digits of large numbers
         theirs.save_pretrained(tmp_path)
         with pytest.raises(UnsupportedSiteError, match=f"init_lora_weights='{start}'"):
             tunerkit.PeftModel.from_pretrained(nn.Sequential(copy.deepcopy(layer)), tmp_path)
