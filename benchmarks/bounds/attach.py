@@ -13,17 +13,13 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gc
 import math
 import statistics
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from timing import timed
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 LAYERS, WIDTH, RANK = 4800, 16, 8
 TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -117,7 +113,7 @@ def attach_second(places: list[tuple[str, nn.Module, nn.Linear]], layers: list[n
             note(notes, base)
             adapter = new_adapter()
             for held in adapter._modules.values():
-                held._parameters["weight"].requires_grad = False  # type: ignore[union-attr]
+                held._parameters["weight"].requires_grad = False
             layer.__dict__["adapters"]["second"] = adapter
 
 
@@ -162,30 +158,19 @@ def switch_off_and_on(layers: list[nn.Module]) -> None:
             parameter.requires_grad = True
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Return microseconds of CPU time a layer, and what the work returned."""
-    gc.collect()
-    gc.disable()
-    start = time.process_time()
-    result = work()
-    taken = time.process_time() - start
-    gc.enable()
-    return taken / LAYERS * 1e6, result
-
-
 def main() -> None:
     """Print the medians."""
     figures: dict[str, list[float]] = {}
     for _ in range(7):
         by_hand, places = base_model(), base_model()
-        figures.setdefault("floor, attach", []).append(timed(lambda by_hand=by_hand: floor(by_hand))[0])
-        took, layers = timed(lambda places=places: attach(places))
+        figures.setdefault("floor, attach", []).append(timed(lambda by_hand=by_hand: floor(by_hand), LAYERS)[0])
+        took, layers = timed(lambda places=places: attach(places), LAYERS)
         figures.setdefault("bound, attach", []).append(took)
-        took, _ = timed(lambda places=places, layers=layers: attach_second(places, layers))
+        took, _ = timed(lambda places=places, layers=layers: attach_second(places, layers), LAYERS)
         figures.setdefault("bound, second", []).append(took)
-        took, _ = timed(lambda layers=layers: switch(layers, "second"))
+        took, _ = timed(lambda layers=layers: switch(layers, "second"), LAYERS)
         figures.setdefault("bound, set_adapter", []).append(took)
-        took, _ = timed(lambda layers=layers: switch_off_and_on(layers))
+        took, _ = timed(lambda layers=layers: switch_off_and_on(layers), LAYERS)
         figures.setdefault("bound, disable", []).append(took)
     for what, taken in figures.items():
         print(f"{what:20} {statistics.median(taken):6.1f} us")

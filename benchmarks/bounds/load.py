@@ -13,22 +13,18 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gc
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timing import timed
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 LAYERS, WIDTH, RANK, HELD = 4800, 16, 8, 3
 SHAPES = {"lora_A": (RANK, WIDTH), "lora_B": (WIDTH, RANK)}
@@ -83,9 +79,9 @@ def fill(found: list[tuple[str, nn.Module, list[nn.Module]]], tensors: dict[str,
     notes: list[Any] = []
     loaded = []
     for path, layer, adapters in found:
-        device = layer._modules["base_layer"]._parameters["weight"].device  # type: ignore[union-attr]
+        device = layer._modules["base_layer"]._parameters["weight"].device
         for name, held in adapters[-1]._modules.items():
-            place = held._parameters  # type: ignore[union-attr]
+            place = held._parameters
             for leaf, own in place.items():
                 if own is None:
                     continue
@@ -105,7 +101,7 @@ def check_and_evaluate(found: list[tuple[str, nn.Module, list[nn.Module]]]) -> N
     trained: list[nn.Module] = []
     for _, layer, adapters in found:
         for held in adapters[-1]._modules.values():
-            for own in held._parameters.values():  # type: ignore[union-attr]
+            for own in held._parameters.values():
                 if own is not None and own.is_meta:
                     raise ValueError(own)
         reached = [layer, *adapters]
@@ -114,18 +110,7 @@ def check_and_evaluate(found: list[tuple[str, nn.Module, list[nn.Module]]]) -> N
                 trained.append(one)
                 one.__dict__["training"] = False
             for child in one._modules.values():
-                reached.append(child)  # type: ignore[arg-type]  # noqa: PERF402 - as a walk over any model does
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Return microseconds of CPU time a layer, and what the work returned."""
-    gc.collect()
-    gc.disable()
-    start = time.process_time()
-    result = work()
-    taken = time.process_time() - start
-    gc.enable()
-    return taken / LAYERS * 1e6, result
+                reached.append(child)  # noqa: PERF402 - as a walk over any model does
 
 
 def main() -> None:
@@ -136,12 +121,12 @@ def main() -> None:
         save_file({f"{at}.{n}.weight": torch.randn(s) for at, _, _ in layers() for n, s in SHAPES.items()}, path)
         for _ in range(7):
             found = layers()
-            figures.setdefault("floor, reading", []).append(timed(lambda: read_each(path))[0])
-            took, tensors = timed(lambda: read_views(path))
+            figures.setdefault("floor, reading", []).append(timed(lambda: read_each(path), LAYERS)[0])
+            took, tensors = timed(lambda: read_views(path), LAYERS)
             figures.setdefault("bound, reading", []).append(took)
-            took, _ = timed(lambda found=found, tensors=tensors: fill(found, tensors))
+            took, _ = timed(lambda found=found, tensors=tensors: fill(found, tensors), LAYERS)
             figures.setdefault("bound, filling", []).append(took)
-            took, _ = timed(lambda found=found: check_and_evaluate(found))
+            took, _ = timed(lambda found=found: check_and_evaluate(found), LAYERS)
             figures.setdefault("bound, evaluation", []).append(took)
     for what, taken in figures.items():
         print(f"{what:20} {statistics.median(taken):6.1f} us")

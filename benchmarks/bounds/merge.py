@@ -15,15 +15,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
 
-import gc
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import timed
 from torch import Tensor, nn
 
 LAYERS, WIDTH, RANK = 4800, 16, 8
@@ -46,7 +45,7 @@ class Layer(nn.Module):
 def folded(layer: Layer) -> Tensor:
     """Return the weight with the factors folded in."""
     weight, a, b = (part._parameters["weight"] for part in (layer.base, layer.a, layer.b))
-    return torch.addmm(weight, b, a, alpha=2.0)  # type: ignore[arg-type]
+    return torch.addmm(weight, b, a, alpha=2.0)
 
 
 def merge(layers: list[Layer]) -> None:
@@ -85,12 +84,7 @@ def main() -> None:
     taken = []
     for _ in range(7):
         layers = [Layer(WIDTH) for _ in range(LAYERS)]
-        gc.collect()
-        gc.disable()
-        start = time.process_time()
-        merge(layers)
-        taken.append((time.process_time() - start) / LAYERS * 1e6)
-        gc.enable()
+        taken.append(timed(lambda layers=layers: merge(layers), LAYERS)[0])
     print(f"bound, merge_adapter    {statistics.median(taken):6.1f} us")
     # In a process of its own, which has the size from which memory is given back.
     command = (sys.executable, __file__, "peak")
