@@ -218,7 +218,7 @@ def _read_each(path: Path) -> Mapped:
     header = raw_header(path)
     with safe_open(path, framework="pt") as file:
         names = file.keys()
-        check_unique(path, len(names))
+        check_unique(path, header, len(names))
         try:
             tensors = {name: file.get_tensor(name) for name in names}
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:

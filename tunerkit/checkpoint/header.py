@@ -101,13 +101,12 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, HEADER_SIZE + len(raw)
 
 
-def check_unique(path: Path, count: int) -> None:
+def check_unique(path: Path, raw: bytes, count: int) -> None:
     """Raise `CheckpointError` if the header of a file in which `count` tensors are found has one of them twice.
 
     safetensors takes the last and says nothing. Reading a long header takes as long as loading its tensors, so the
     places where one says where its bytes lie are counted first.
     """
-    raw = raw_header(path)
     if raw.count(b'"data_offsets"') != count or b"\\" in raw:
         read_header(path)
 
