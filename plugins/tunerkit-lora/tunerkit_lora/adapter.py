@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from tunerkit_lora.config import LoraConfig
 
     Factor = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
-
-_MATRIX = 2
-"""The number of dimensions of a factor that is no kernel."""
 
 
 class LoraAdapter(LowRankAdapter):
@@ -65,13 +62,6 @@ class LoraAdapter(LowRankAdapter):
         """Return the layers that are run one after the other."""
         return self.lora_A, self.lora_B
 
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """The matrices ``A`` and ``B``; see `LowRankAdapter.factors`."""
-        own = self._modules  # not by attributes, which torch looks up in Python
-        first, second = (cast("Factor", own[entry]).weight for entry in ("lora_A", "lora_B"))
-        return (first, second) if first.dim() == _MATRIX else (first.flatten(1), second.flatten(1))
-
     def product(self, base: Site) -> tuple[Tensor, Tensor, float | Tensor] | None:
         """Return ``B``, ``A`` and ``s``."""
         del base
@@ -81,7 +71,7 @@ class LoraAdapter(LowRankAdapter):
     def delta_bias(self, base: Site) -> Tensor | None:
         """Return ``s c``, or None."""
         del base
-        bias = self.lora_B._parameters.get("bias")  # not by an attribute: torch looks that up in Python
+        bias = self.factor_bias
         return None if bias is None else self.scaling * bias
 
     @property

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from tunerkit_lora.config import LoraConfig
 
 
+_MATRIX = 2
+"""The number of dimensions of a factor that is no kernel."""
+
+
 class LowRankAdapter(AdditiveAdapter):
     """An update that is a product of two small factors, times a scale.
 
@@ -73,8 +77,8 @@ class LowRankAdapter(AdditiveAdapter):
 
         They are the very tensors, kernels flattened: what is written into them is written into the adapter.
         """
-        first, second = (operator.attrgetter(key)(self).flatten(1) for key in self.factor_keys)
-        return first, second
+        first, second = (operator.attrgetter(key)(self) for key in self.factor_keys)
+        return (first, second) if first.dim() == _MATRIX else (first.flatten(1), second.flatten(1))
 
     @property
     def factor_bias(self) -> Tensor | None:
