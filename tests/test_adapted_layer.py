@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tunerkit import get_peft_model
+from tunerkit import get_peft_model, get_peft_model_state_dict
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter, AdditiveAdapter, linear
 from tunerkit.errors import AdapterStateError, MergeError, UnknownAdapterError
@@ -653,3 +653,26 @@ class TestOwnWayToSwitch:
         with pytest.raises(KeyboardInterrupt):
             call()
         assert before.differences(model) == []
+
+
+class TestSubclass:
+    """What a load does to the core's layers it does to those of a subclass too."""
+
+    @pytest.fixture
+    def model(self):
+        model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(target_modules=["0"], lora_dropout=0.5))
+        (layer,) = model.base_model.layers()
+        layer.__class__ = type("Own", (AdaptedLayer,), {})
+        model.train()
+        return model
+
+    def test_is_set_to_evaluation_by_a_load(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "two")
+        (layer,) = model.base_model.layers()
+        assert not any(one.training for adapter in layer.adapters.values() for one in adapter.modules())
+
+    def test_saves_what_its_adapters_are_filled_up_with_no_more_than_others(self, model):
+        (layer,) = model.base_model.layers()
+        layer.adapters["default"].make_room(16, torch.device("cpu"))
+        assert {tuple(tensor.shape) for tensor in get_peft_model_state_dict(model).values()} == {(8, 3), (3, 8)}

@@ -272,4 +272,4 @@ class AdaptedLayer(AdapterHolder):
 
 def adapter_of(holder: object, name: str) -> Adapter | None:
     """Return a layer's adapter of a name; None if it has none, or is no such layer. Asked for each layer of a model."""
-    return holder._adapters.get(name) if type(holder) is AdaptedLayer else None
+    return holder._adapters.get(name) if isinstance(holder, AdaptedLayer) else None

@@ -90,7 +90,7 @@ def _as_it_stands(target: Target) -> Target:
 
 def _note_reachable(module: nn.Module, journal: Journal) -> None:
     """Note what a method may change at a target; the core's own layers keep the adapters apart from it."""
-    while type(module) is AdaptedLayer:
+    while module._modules and isinstance(module, AdaptedLayer):
         # Undone last, when the adapters are those of before: the entries name those that have buffers unsaved.
         journal.note(withdraw, module, module._adapters)
         journal.note_module(module)

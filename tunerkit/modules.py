@@ -31,13 +31,23 @@ def set_modes(modules: Iterable[nn.Module | None], mode: bool) -> None:
     for module in modules:
         if module is None:
             continue
-        state = module.__dict__
-        # A scripted module keeps its mode elsewhere.
-        if type(module).train is not nn.Module.train or "train" in state or "training" not in state:
+        if sets_own_mode(module):
             module.train(mode)
         else:
-            state["training"] = mode
+            module.__dict__["training"] = mode
             set_modes(module._modules.values(), mode)
+
+
+def sets_own_mode(module: nn.Module, plain: tuple[object, ...] = (nn.Module.train,)) -> bool:
+    """Return whether a module does more, on `train(mode)`, than to set an attribute, its own and those of all below.
+
+    Args:
+        module: The module.
+        plain: The methods `train` of which it is known that they do no more.
+    """
+    state = module.__dict__
+    # A scripted module keeps its mode elsewhere.
+    return type(module).train not in plain or "train" in state or "training" not in state
 
 
 def modules_in(module: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from tunerkit.errors import AdapterNameError, UnknownAdapterError
 from tunerkit.functional import get_peft_model_state_dict
 from tunerkit.journal import Journal
 from tunerkit.keywords import check_loading, check_saving
-from tunerkit.modules import set_modes
+from tunerkit.modules import set_modes, sets_own_mode
 from tunerkit.names import RESERVED_NAMES, EntryModule
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
@@ -358,10 +358,10 @@ class StoredModel(nn.Module):
         One walk does both, and touches nothing that is in evaluation already.
         """
         trained = journal.note_training()
-        found: list[nn.Module] = [self, *self.base_model.parts.values()]
+        # The parts first: what a module's own `train` reaches of them has been noted then.
+        found: list[nn.Module] = [*self.base_model.parts.values(), self]
         for one in found:  # which grows meanwhile
-            state = one.__dict__
-            if type(one).train not in _PLAIN or "train" in state or "training" not in state:
+            if sets_own_mode(one, _PLAIN):
                 # What is below it is left to its own `train`.
                 trains = [module for module in _grow([one]) if module.training]
                 if trains:
@@ -370,12 +370,12 @@ class StoredModel(nn.Module):
                 continue
             if one.training:
                 trained.append(one)
-                state["training"] = False
+                one.__dict__["training"] = False
             if type(one) is not EntryModule and one._modules:  # most have no children
                 _add_below(one, found)
 
 
-_PLAIN = frozenset({nn.Module.train, BaseTuner.train, AdaptedLayer.train})
+_PLAIN = (nn.Module.train, BaseTuner.train, AdaptedLayer.train)
 """Ways to set training mode that do no more than to set it for a module and all that is below it."""
 
 
@@ -387,10 +387,9 @@ def _grow(found: list[nn.Module]) -> list[nn.Module]:
 
 def _add_below(module: nn.Module, found: list[nn.Module]) -> None:
     """Add what is right below a module, its adapters too, which stand outside the module tree."""
-    kind: type = type(module)
-    if kind is AdaptedLayer:
-        found += module._adapters.values()  # type: ignore[operator]
-    if kind is not EntryModule:  # which only shows what the adapters hold
+    if isinstance(module, AdaptedLayer):
+        found += module._adapters.values()
+    if type(module) is not EntryModule:  # which only shows what the adapters hold
         for child in module._modules.values():
             if child is not None:
                 found.append(child)

@@ -346,7 +346,7 @@ def _put_back(replaced: list[tuple[dict[str, Any], str, Tensor]]) -> None:
 
 def _device_of(holder: nn.Module) -> torch.device:
     base: Iterable[Tensor] = holder.parameters()
-    if type(holder) is AdaptedLayer:
+    if isinstance(holder, AdaptedLayer):
         site = holder.site
         if not site.stored.is_meta:
             return site.device
