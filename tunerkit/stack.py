@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from tunerkit.lazy_tensor import LazyTensor
 
 
 def add_to_stack(stack: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
@@ -35,7 +33,7 @@ def add_to_stack(stack: Tensor, left: Tensor, right: Tensor, scaling: float) -> 
     return made
 
 
-class StackSum(Tensor):
+class StackSum(LazyTensor):
     """The tensor that `add_to_stack` returns. It holds no numbers of its own.
 
     To autograd it is the result of an operation on the stack and the factors, so a gradient for the whole of it reaches
@@ -46,14 +44,7 @@ class StackSum(Tensor):
     left: Tensor
     right: Tensor
     scaling: float
-    _whole: Tensor | None = None
     _factors: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-
-    def __new__(cls, stack: Tensor) -> Self:
-        """Make a tensor that has the form of the stack and no memory."""
-        return Tensor._make_wrapper_subclass(
-            cls, stack.shape, strides=stack.stride(), dtype=stack.dtype, device=stack.device
-        )
 
     @classmethod
     def __torch_function__(
@@ -64,30 +55,12 @@ class StackSum(Tensor):
             found = args[0].pick(args[1])
             if found is not None:
                 return found
-        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run any operation on the whole sum."""
-        del types
-
-        def plain(value: Any) -> Any:
-            return value.whole() if isinstance(value, cls) else value
-
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
-
-    def __repr__(self, **_kwargs: Any) -> str:  # type: ignore[override]
-        return f"StackSum({tuple(self.shape)}, dtype={self.dtype})"
-
-    def whole(self) -> Tensor:
-        """Return the whole sum as a plain tensor, without gradients."""
-        if self._whole is None:
-            stack = self.stack.whole() if isinstance(self.stack, StackSum) else self.stack
-            with torch.no_grad():
-                self._whole = _sum(stack, self.left, self.right, self.scaling)
-        return self._whole
+    def make(self) -> Tensor:
+        """Return the whole sum."""
+        stack = self.stack.whole() if isinstance(self.stack, StackSum) else self.stack
+        return _sum(stack, self.left, self.right, self.scaling)
 
     def pick(self, index: Any) -> Tensor | None:
         """Return `self[index]` computed from the experts that the index names, or None if it does not name some."""
@@ -119,7 +92,7 @@ class _Promise(torch.autograd.Function):
     def forward(ctx: Any, stack: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.scaling = scaling
-        return StackSum(stack)
+        return StackSum(stack, stack.device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
