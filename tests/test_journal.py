@@ -93,6 +93,21 @@ class TestUndo:
         assert torch.equal(weight, bits)
         assert [part.training for part in module.modules()] == [True, True, False]
 
+    def test_one_item_of_many(self):
+        """The others are neither copied nor put back, whoever takes one out meanwhile."""
+        module = nn.Module()
+        module.held = {str(number): number for number in range(3)}
+        with pytest.raises(KeyError), Journal() as journal:
+            journal.note_module(module, apart=module.held)
+            journal.note_item(module.held, "new")
+            journal.note_item(module.held, "1")
+            module.other = 1
+            module.held["new"] = 3
+            del module.held["0"], module.held["1"]
+            raise KeyError
+        assert module.held == {"1": 1, "2": 2}
+        assert not hasattr(module, "other")
+
     def test_flags_of_the_modules_own_tensors(self):
         linear = nn.Linear(2, 2, bias=False)
         with pytest.raises(ValueError, match="stop"), Journal() as journal:

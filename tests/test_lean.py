@@ -80,6 +80,29 @@ class TestLeanModule:
 
 
 class TestLinear:
+    def test_holds_its_tensors_and_no_more(self, layer):
+        kept = {name for name, value in nn.Module().__dict__.items() if not isinstance(value, (dict, set))}
+        assert set(layer.__dict__) == kept | {"_parameters", "_modules", "in_features", "out_features"}
+
+    @pytest.mark.parametrize("name", sorted(ORDINARY))
+    def test_each_attribute_is_there_when_asked_for_and_stays(self, layer, name):
+        value = getattr(layer, name)
+        assert type(value) is type(nn.Module().__dict__[name])
+        assert getattr(layer, name) is value
+
+    @pytest.mark.parametrize("persistent", [True, False])
+    def test_buffers(self, layer, persistent):
+        layer.register_buffer("scale", torch.ones(1), persistent)
+        layer.offset = nn.Buffer(torch.zeros(1), persistent=persistent)
+        layer.scale = torch.ones(2)
+        assert [name for name, _ in layer.named_buffers()] == ["scale", "offset"]
+        assert set(layer.state_dict()) == {"weight", "scale", "offset"} if persistent else {"weight"}
+        assert layer.double().scale.dtype == torch.float64
+
+    def test_what_is_not_there_is_an_error_as_ever(self, layer):
+        with pytest.raises(AttributeError, match="'Linear' object has no attribute 'absent'"):
+            layer.absent  # noqa: B018 - reading it is the test
+
     def test_a_call_and_a_walk_give_what_an_ordinary_one_gives(self, layer):
         ordinary = nn.Linear(4, 3, bias=False)
         ordinary.load_state_dict(layer.state_dict())

@@ -62,7 +62,7 @@ def attach(
         target = planned if planned.parameter_name is None else _as_it_stands(planned)
         parent, child = target.places[0]
         journal.note_module(parent)
-        _note_reachable(target.module, journal)
+        _note_reachable(target.module, name, journal)
         asked = plan.config, name, target.module, child, parent, target.name, target.parameter_name
         made = make_on_meta(functools.partial(create, *asked)) if meta else create(*asked)
         adapters[target.name] = made
@@ -88,12 +88,14 @@ def _as_it_stands(target: Target) -> Target:
     return target if now is None else target._replace(module=now)
 
 
-def _note_reachable(module: nn.Module, journal: Journal) -> None:
+def _note_reachable(module: nn.Module, name: str, journal: Journal) -> None:
     """Note what a method may change at a target; the core's own layers keep the adapters apart from it."""
     while module._modules and isinstance(module, AdaptedLayer):
         # Undone last, when the adapters are those of before: the entries name those that have buffers unsaved.
         journal.note(withdraw, module, module._adapters)
-        journal.note_module(module)
+        # Not all its adapters: there may be a thousand, and all that comes is one.
+        journal.note_module(module, apart=module._adapters)
+        journal.note_item(module._adapters, name)
         module = module._modules["base_layer"]  # type: ignore[assignment]
     for one in modules_in(module) if module._modules else (module,):
         journal.note_module(one)

@@ -46,6 +46,7 @@ class _Kinds(dict[type, bool]):
 
 
 _KINDS = _Kinds()
+_ABSENT = object()
 
 
 class Journal:
@@ -85,21 +86,29 @@ class Journal:
         """Note calls of one function that will undo what happens next."""
         self._notes += [(undo, arguments) for arguments in each]
 
-    def note_module(self, module: nn.Module) -> None:
+    def note_module(self, module: nn.Module, apart: object = None) -> None:
         """Note a module's attributes, its dicts of children, tensors and hooks, and which of its own tensors train.
 
         What counts is how it was the first time, so a second note within the block is none.
+
+        Args:
+            module: The module.
+            apart: A container among its attributes whose content is left out, for it is noted in another way.
         """
         if id(module) in self._noted:
             return
         state = module.__dict__.copy()
         # Of those that hold something: most are empty, of hooks; and views hold nothing themselves.
         containers = itertools.compress(state.values(), map(_KINDS.__getitem__, map(type, state.values())))
-        contents = [(value, value.copy()) for value in containers if value]
+        contents = [(value, value.copy()) for value in containers if value and value is not apart]
         own = module._parameters
         flags = [(p, p.requires_grad) for p in own.values() if p is not None] if own else []
-        self._notes.append((_restore_module, (module, state, contents, flags)))
+        self._notes.append((_restore_module, (module, state, contents, flags, apart)))
         self._noted.add(id(module))
+
+    def note_item(self, container: dict[str, Any], key: str) -> None:
+        """Note what a dict has under a key, or that it has nothing there."""
+        self._notes.append((_restore_item, (container, key, container.get(key, _ABSENT))))
 
     def note_flags(self, tensors: Iterable[Tensor]) -> None:
         """Note which tensors train."""
@@ -129,9 +138,9 @@ class Journal:
 
 
 def _restore_module(
-    module: nn.Module, state: dict[str, Any], contents: list[tuple[Any, Any]], flags: list[Flag]
+    module: nn.Module, state: dict[str, Any], contents: list[tuple[Any, Any]], flags: list[Flag], apart: object
 ) -> None:
-    filled = {id(container) for container, _ in contents}
+    filled = {id(apart), *(id(container) for container, _ in contents)}
     for value in state.values():
         if _KINDS[type(value)] and id(value) not in filled:
             _refill(value, {})
@@ -139,6 +148,13 @@ def _restore_module(
         _refill(container, content)
     _refill(module.__dict__, state)
     _restore_flags(flags)
+
+
+def _restore_item(container: dict[str, Any], key: str, value: Any) -> None:
+    if value is _ABSENT:
+        container.pop(key, None)
+    else:
+        container[key] = value
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 _BLANK = nn.Module().__dict__
 _HELD = ("_parameters", "_buffers", "_modules")
 _LATER = {name: type(value) for name, value in _BLANK.items() if isinstance(value, (dict, set)) and name not in _HELD}
+_EMPTY_AT_FIRST = {*_LATER, "_buffers"}
 _VALUES = [(name, value) for name, value in _BLANK.items() if not isinstance(value, (dict, set))]
 
 
@@ -36,8 +37,8 @@ def _begin_lean(module: nn.Module) -> None:
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes without the containers for hooks that are empty: a lean module may not have them."""
-    return {name: value for name, value in module.__dict__.items() if name not in _LATER or value}
+    """Return a module's attributes without the containers that are empty: a lean module may not have them yet."""
+    return {name: value for name, value in module.__dict__.items() if name not in _EMPTY_AT_FIRST or value}
 
 
 class LeanModule(nn.Module):
@@ -57,12 +58,25 @@ class LeanModule(nn.Module):
 
 
 class Linear(LeanModule, nn.Linear):
-    """An `nn.Linear` that holds a ready-made weight; see `tunerkit.adapter.linear`."""
+    """An `nn.Linear` that holds a ready-made weight; see `tunerkit.adapter.linear`.
+
+    It has no container for buffers either before one is asked for.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -> None:
-        _begin_lean(self)
         state = self.__dict__
-        own = state["_parameters"]
+        for name, value in _VALUES:
+            state[name] = value
+        own = state["_parameters"] = {}
+        state["_modules"] = {}
         state["out_features"], state["in_features"] = weight.shape
         own["weight"] = nn.Parameter(weight, requires_grad=trains)
         own["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=trains)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__.setdefault(name, {}) if name == "_buffers" else super().__getattr__(name)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Register a buffer, as any module does."""
+        self.__dict__.setdefault("_buffers", {})
+        super().register_buffer(name, tensor, persistent)

@@ -81,7 +81,8 @@ def tensors_in(module: nn.Module) -> list[Tensor]:
     found: list[Tensor] = []
     left = [module]
     for one in left:  # as in `modules_in`, and in the same pass
-        own, buffers, children = one._parameters, one._buffers, one._modules
+        own, children = one._parameters, one._modules
+        buffers = one.__dict__.get("_buffers")  # which is not there yet in `tunerkit.lean.Linear`
         for value in own.values() if own else ():
             if value is not None:
                 found.append(value)  # noqa: PERF401 - as above
@@ -110,7 +111,7 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> bool:
     for name, parameter in state["_parameters"].items():
         if parameter is not None:
             found[prefix + name] = parameter
-    for name, buffer in state["_buffers"].items():
+    for name, buffer in state.get("_buffers", {}).items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
             found[prefix + name] = buffer
     children = state["_modules"].items()
