@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from toys import bottleneck, hooks_by_hand, parameters, registered, rotation, shared
 
@@ -15,7 +16,7 @@ from tunerkit import get_peft_model, inject_adapter_in_model, use_rows
 from tunerkit.adapter import Adapter, Part
 from tunerkit.alike import _alike
 from tunerkit.errors import AdapterNameError, ConfigError, RouteError, UnknownAdapterError
-from tunerkit.rows import BASE, Groups, Rows, split_rows
+from tunerkit.rows import BASE, Groups, Rows, rows_of, split_rows
 from tunerkit.testing.bench import Snapshot, difference, move
 from tunerkit.testing.models import SAMPLES
 from tunerkit_ia3 import IA3Config
@@ -129,6 +130,18 @@ class TestGroups:
         with torch.inference_mode():
             rows = Rows(ROWS)
         assert not rows.groups(x, "").order.is_inference()
+
+    def test_known_names_are_sorted_once(self):
+        rows = rows_of(["a", "b"])
+        assert rows_of(("a", "b")) is rows == Rows(["a", "b"])
+        assert rows_of(["b", "a"]) != rows != rows_of(["a", "b"], 2)
+
+    def test_fake_tensors_stay_within_their_mode(self):
+        x, names = torch.ones(3, 1), ["known", "new", "known"]
+        for _ in range(2):
+            with FakeTensorMode() as mode:
+                assert isinstance(rows_of(names).groups(mode.from_tensor(x), "").order, FakeTensor)
+            assert type(rows_of(names).groups(x, "").order) is torch.Tensor
 
     def test_equality_is_that_of_the_names(self):
         assert Rows(["a", "b"]) == Rows(("a", "b")) != Rows(["a", "b"], 2)

@@ -67,7 +67,8 @@ def add_low_rank_rows(
         scalings: The factors before the products.
         groups: The rows by adapter.
     """
-    bank_a, bank_b = _bank(downs, dim=0).to(x.dtype), _bank(ups, dim=1).to(y.dtype)
+    ranks = [down.size(0) for down in downs]
+    bank_a, bank_b = _bank(downs, ranks, dim=0).to(x.dtype), _bank(ups, ranks, dim=1).to(y.dtype)
     alpha, scales = scalings[0], None
     if isinstance(alpha, Tensor) or len(set(scalings)) > 1:  # a tensor differs from all others
         scales = torch.stack([torch.as_tensor(scaling).to(y) for scaling in scalings])[:, None, None]
@@ -105,9 +106,8 @@ def plain_weights(factors: Iterable[nn.Module]) -> list[Tensor] | None:
     return weights
 
 
-def _bank(weights: Sequence[Tensor], dim: int) -> Tensor:
+def _bank(weights: Sequence[Tensor], ranks: Sequence[int], dim: int) -> Tensor:
     """Stack the weights of factors, filled up with zeros to the largest rank, which is their size in a dimension."""
-    ranks = [weight.size(dim) for weight in weights]
     largest = max(ranks)
     if min(ranks) < largest:
         missing = [largest - rank for rank in ranks]

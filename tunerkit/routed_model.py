@@ -17,7 +17,7 @@ from tunerkit.journal import Journal
 from tunerkit.naming import listing
 from tunerkit.processes import refuse_unaveraged
 from tunerkit.route import current, hold_in_backward, hold_routes, named, routed
-from tunerkit.rows import BASE, Rows
+from tunerkit.rows import BASE, Rows, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -102,7 +102,7 @@ class RoutedModel(AdaptedModel):
             RouteError: Adapters are merged or switched off, or a method or a layer written by hand cannot tell rows
                 apart. Later, from a layer: the first dimension of its input is not the rows.
         """
-        with self._rows(Rows(self._by_row(adapter_names), repeats)):
+        with self._rows(rows_of(self._by_row(adapter_names), repeats)):
             yield
 
     @contextlib.contextmanager
@@ -142,7 +142,7 @@ class RoutedModel(AdaptedModel):
                 f"shape {shapes[0]}. Pass {shapes[0][0]} names."
             )
             raise RouteError(msg)
-        return self._rows(Rows(names, repeats))
+        return self._rows(rows_of(names, repeats))
 
     def _by_row(self, given: object) -> list[str]:
         """Return what a caller passed as the name of each row's adapter, all of them known."""

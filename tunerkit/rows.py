@@ -6,6 +6,7 @@ has; which row is whose is in two tensors, so that a compiled graph serves every
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -211,6 +212,22 @@ class Rows:
             )
             raise RouteError(msg)
         return ()
+
+
+def rows_of(by_row: Sequence[str], repeats: int = 1) -> Rows:
+    """Return `Rows`, the very same for the same names.
+
+    A program that serves often has the names of one call in the next, of which the order of the rows is known then.
+    """
+    # What is made while a graph is traced belongs to the graph, and fake tensors to the mode that makes them.
+    if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
+        return Rows(by_row, repeats)
+    return _known_rows(tuple(by_row), repeats)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_rows(by_row: tuple[str, ...], repeats: int) -> Rows:
+    return Rows(by_row, repeats)
 
 
 def only_input(layer: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
