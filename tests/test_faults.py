@@ -388,6 +388,8 @@ def folder(tmp_path_factory):
 def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", tunerkit.TunerkitWarning)
+        # What is raised at the end of a `with`, before that ends, leaves its file to be closed when it is forgotten.
+        warnings.simplefilter("ignore", ResourceWarning)
         yield
 
 
