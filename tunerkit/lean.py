@@ -27,12 +27,12 @@ def begin(module: nn.Module) -> None:
         state[name] = kind()
 
 
-def _begin_lean(module: nn.Module) -> None:
+def _begin_lean(module: nn.Module, held: tuple[str, ...] = _HELD) -> None:
     # One by one: then the dicts of all modules of a class share their keys, and take a third of the memory.
     state = module.__dict__
     for name, value in _VALUES:
         state[name] = value
-    for name in _HELD:
+    for name in held:
         state[name] = {}
 
 
@@ -64,11 +64,9 @@ class Linear(LeanModule, nn.Linear):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -> None:
+        _begin_lean(self, ("_parameters", "_modules"))
         state = self.__dict__
-        for name, value in _VALUES:
-            state[name] = value
-        own = state["_parameters"] = {}
-        state["_modules"] = {}
+        own = state["_parameters"]
         state["out_features"], state["in_features"] = weight.shape
         own["weight"] = nn.Parameter(weight, requires_grad=trains)
         own["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=trains)
