@@ -12,7 +12,7 @@ from tunerkit.adapter import Adapter, AdditiveAdapter
 from tunerkit.config import PeftConfig
 from tunerkit.errors import TyingWarning, UnsupportedSiteError
 from tunerkit.plugins.method import Method
-from tunerkit.targeting import places
+from tunerkit.targeting import bare, places
 from tunerkit.tying import modules_that_share, remarks_on_ties
 from tunerkit_lora import LoraConfig
 
@@ -28,15 +28,20 @@ class Model(nn.Module):
         return self.head(self.body(self.embed(x)))
 
 
+def shared_in(model):
+    here = places(model)
+    return modules_that_share(here, [bare(module) for _, module, _, _ in here])
+
+
 class TestModulesThatShare:
     def test_the_embedding_comes_first(self):
         model = Model()
-        assert [[place[0] for place in group] for group in modules_that_share(places(model))] == [["embed", "head"]]
+        assert [[place[0] for place in group] for group in shared_in(model)] == [["embed", "head"]]
 
     def test_a_module_at_two_places_shares_nothing(self):
         model = Model()
         model.head.weight = nn.Parameter(torch.zeros(5, 3))
-        assert modules_that_share(places(model)) == []
+        assert shared_in(model) == []
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
     def test_a_scripted_module_beside(self, tmp_path):
@@ -61,14 +66,14 @@ class TestModulesThatShare:
 
 class TestRemarks:
     def test_nothing_that_is_changed(self):
-        assert remarks_on_ties(modules_that_share(places(Model())), [], tied=False) == []
+        assert remarks_on_ties(shared_in(Model()), [], tied=False) == []
         assert remarks_on_ties([], [], tied=True) == [
             "ensure_weight_tying=True ties nothing: nothing that is adapted or saved shares a weight."
         ]
 
     def test_what_is_changed(self):
         model = Model()
-        shared = modules_that_share(places(model))
+        shared = shared_in(model)
         assert remarks_on_ties(shared, [id(model.head)], tied=True) == []
         (remark,) = remarks_on_ties(shared, [id(model.head)], tied=False)
         assert remark.startswith("'embed', 'head' share a weight, which training only one of them")

@@ -120,7 +120,14 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         return tuple(name for name in self._modules if name != "base_layer")
 
     def add_adapter(
-        self, name: str, adapter: Adapter, method: str, layer_class: type[BaseTunerLayer] = BaseTunerLayer
+        self,
+        name: str,
+        adapter: Adapter,
+        method: str,
+        layer_class: type[BaseTunerLayer] = BaseTunerLayer,
+        *,
+        upcast: bool = False,
+        trains: bool = True,
     ) -> None:
         """Take in an adapter; it is not active yet.
 
@@ -129,6 +136,8 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             adapter: The adapter.
             method: The id of its method.
             layer_class: The method's layer class, whose own calls this layer then answers too.
+            upcast: Make its tensors of lower precision float32.
+            trains: Let its tensors train as they do now, rather than freeze them till it is made active.
 
         Raises:
             PluginError: The adapter holds tensors under names that its class does not declare, or this layer has.
@@ -147,6 +156,11 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         state = adapter.__dict__
         state["_method"], state["_layer_class"] = method, layer_class
         state["_frozen"] = frozen_keys(adapter, tensors)
+        # Here, where its tensors are at hand: finding them once more costs as much as what is done to them.
+        if upcast:
+            cast_up(tensors)
+        if not trains:
+            set_trains([one for one in tensors if isinstance(one, nn.Parameter)], [], trains=False)
         if adapter.training != self.training:
             set_modes((adapter,), self.training)
         self._adapters[name] = adapter

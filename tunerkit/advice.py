@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import TYPE_CHECKING
 
+from tunerkit.errors import ConfigWarning, TargetWarning, TyingWarning
 from tunerkit.naming import closest, listing, shown
 from tunerkit.targeting import ALL_LINEAR, is_linear, match_name, modules_outside_adapters
 
@@ -94,3 +96,21 @@ def closest_to(entry: str, names: list[str]) -> str:
 def _near(entry: str, names: list[str]) -> list[str]:
     depth = entry.count(".") + 1
     return closest(entry, [*(".".join(name.split(".")[-depth:]) for name in names), *names])
+
+
+def warn_of(plan: Plan, biases: str | None) -> None:
+    """Say what a user should know of a plan that was carried out.
+
+    Args:
+        plan: The plan.
+        biases: The setting by which biases were to be trained, if there were none to train.
+    """
+    unmatched = plan.unmatched()
+    if biases is not None:
+        unmatched.append(f"bias={biases!r} trains nothing, for there is no bias to train")
+    for sentence in unmatched:
+        warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=3)
+    for sentence in plan.corrections:
+        warnings.warn(ConfigWarning(f"{sentence}; it was corrected in the completed config."), stacklevel=3)
+    for sentence in plan.ties:
+        warnings.warn(TyingWarning(sentence), stacklevel=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunerkit.adapted_layer import AdaptedLayer
@@ -26,59 +27,79 @@ if TYPE_CHECKING:
     from tunerkit.route import Owner
 
 
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """An adapter that is being put into a model: what is the same at each of its targets.
+
+    Attributes:
+        name: Its name.
+        method: The id of its method.
+        layer_class: The method's layer class.
+        owner: Stands for the model in the layers.
+        part: What it has once per model, if its method has that.
+        meta: Whether its tensors are made on the meta device.
+        upcast: Whether those of lower precision are made float32.
+        trains: Whether it trains.
+    """
+
+    name: str
+    method: str
+    layer_class: type[BaseTunerLayer]
+    owner: Owner
+    part: Part | None
+    meta: bool
+    upcast: bool
+    trains: bool
+
+
 @hold_settings
 def attach(
-    create: Callable[..., object],
-    plan: Plan,
-    name: str,
-    owner: Owner,
-    part: Part | None,
-    journal: Journal,
-    *,
-    layer_class: type[BaseTunerLayer],
-    via_hook: bool,
-    meta: bool,
-) -> list[BaseTunerLayer]:
+    create: Callable[..., object], plan: Plan, newcomer: Newcomer, journal: Journal, *, via_hook: bool
+) -> tuple[list[BaseTunerLayer], list[BaseTunerLayer]]:
     """Make an adapter at each target of a plan and put it in place; it is not active yet.
 
     Args:
         create: Makes the adapter for one target: the `_create_and_replace` of the method's tuner.
         plan: What goes where.
-        name: The adapter's name.
-        owner: Stands for the model in the layers.
-        part: What the adapter has once per model, if its method has that.
+        newcomer: The adapter.
         journal: Where every step is noted before it is taken.
-        layer_class: The method's layer class.
         via_hook: Whether `create` asks the method's hook, which must return what it did; an override need not.
-        meta: Make tensors on the meta device.
 
     Returns:
-        The layers that hold the adapter now.
+        The layers that hold the adapter now: the core's own, and those of other classes, whose adapter is as its method
+        left it, whatever its dtype and whether it trains.
     """
-    method = method_id(str(plan.config.peft_type))
+    make = functools.partial(_attach, create, plan, newcomer, journal, via_hook=via_hook)
+    return make_on_meta(make) if newcomer.meta else make()
+
+
+def _attach(
+    create: Callable[..., object], plan: Plan, newcomer: Newcomer, journal: Journal, *, via_hook: bool
+) -> tuple[list[BaseTunerLayer], list[BaseTunerLayer]]:
+    name, part = newcomer.name, newcomer.part
     layers: list[BaseTunerLayer] = []
+    others: list[BaseTunerLayer] = []
     adapters: dict[str, object] = {}
     for planned in plan.targets:
         target = planned if planned.parameter_name is None else _as_it_stands(planned)
         parent, child = target.places[0]
         journal.note_module(parent)
         _note_reachable(target.module, name, journal)
-        asked = plan.config, name, target.module, child, parent, target.name, target.parameter_name
-        made = make_on_meta(functools.partial(create, *asked)) if meta else create(*asked)
+        made = create(plan.config, name, target.module, child, parent, target.name, target.parameter_name)
         adapters[target.name] = made
         if isinstance(made, Adapter):
             if target.tied_to is not None:
                 made.tie(adapters[target.tied_to])
-            layer: BaseTunerLayer = _put_in_place(made, target, name, owner, method, layer_class)
+            layer = _put_in_place(made, target, newcomer)
             if part is not None:
                 made.join(part)
         else:
-            layer = _find_what_was_done(made, target, name, method, via_hook=via_hook)
+            layer = _find_what_was_done(made, target, newcomer, via_hook=via_hook)
         for other_parent, other_child in target.places[1:]:
             journal.note_module(other_parent)
             other_parent._modules[other_child] = layer  # type: ignore[assignment]
-        layers.append(layer)
-    return layers
+        (layers if isinstance(made, Adapter) and type(layer) is AdaptedLayer else others).append(layer)
+    return layers, others
 
 
 def _as_it_stands(target: Target) -> Target:
@@ -111,14 +132,12 @@ def make_part(kind: type[Part], plan: Plan, kinds: frozenset[str], *, meta: bool
     return part
 
 
-def _put_in_place(
-    adapter: Adapter, target: Target, name: str, owner: Owner, method: str, layer_class: type[BaseTunerLayer]
-) -> AdaptedLayer:
+def _put_in_place(adapter: Adapter, target: Target, newcomer: Newcomer) -> BaseTunerLayer:
     parent, child = target.places[0]
     if parent._modules.get(child) is not target.module:
         msg = (
-            f"The plugin of {method!r} replaced the module {target.name!r} and also returned an Adapter for it, so it "
-            "would be wrapped twice. Return the new module, or leave the replacing to the core."
+            f"The plugin of {newcomer.method!r} replaced the module {target.name!r} and also returned an Adapter for "
+            "it, so it would be wrapped twice. Return the new module, or leave the replacing to the core."
         )
         raise PluginError(msg)
     layer = target.module
@@ -132,19 +151,27 @@ def _put_in_place(
                 "_create_and_replace."
             )
             raise UnsupportedSiteError(msg)
-        layer = AdaptedLayer(site, owner)
+        layer = AdaptedLayer(site, newcomer.owner)
     if layer.site.read and adapter.unfoldable is not None:
         msg = (
-            f"{target.name!r} cannot be adapted by {method!r}: its parameters are read by the code around it, so an "
-            f"adapter must have a merged form, and this one has none ({adapter.unfoldable})."
+            f"{target.name!r} cannot be adapted by {newcomer.method!r}: its parameters are read by the code around it, "
+            f"so an adapter must have a merged form, and this one has none ({adapter.unfoldable})."
         )
         raise UnsupportedSiteError(msg)
-    layer.add_adapter(name, adapter, method, layer_class)
+    layer.add_adapter(
+        newcomer.name,
+        adapter,
+        newcomer.method,
+        newcomer.layer_class,
+        upcast=newcomer.upcast,
+        trains=newcomer.trains,
+    )
     parent._modules[child] = layer
     return layer
 
 
-def _find_what_was_done(made: object, target: Target, name: str, method: str, *, via_hook: bool) -> BaseTunerLayer:
+def _find_what_was_done(made: object, target: Target, newcomer: Newcomer, *, via_hook: bool) -> BaseTunerLayer:
+    name, method = newcomer.name, newcomer.method
     parent, child = target.places[0]
     now: object = parent._modules.get(child)
     replaced = now is not target.module

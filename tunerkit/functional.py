@@ -305,15 +305,23 @@ def pieces_of(model: nn.Module, name: str, layers: Mapping[str, BaseTunerLayer] 
     return found
 
 
-def loading_for(model: nn.Module, name: str, tensors: Mapping[str, Any]) -> Loading:
+def loading_for(
+    model: nn.Module, name: str, tensors: Mapping[str, Any], layers: Mapping[str, BaseTunerLayer] | None = None
+) -> Loading:
     """Match a checkpoint's tensors with an adapter of a model; nothing is written yet.
+
+    Args:
+        model: A `PeftModel`, or a model into which adapters were injected.
+        name: The adapter.
+        tensors: The checkpoint's tensors.
+        layers: The layers of the base model by path, if they are known.
 
     Raises:
         UnknownAdapterError: There is no such adapter.
         AdapterStateError: It is merged, so that new values would have no effect.
     """
     base, prefix = _base(model)
-    layers = dict(tuner_layers(base))
+    layers = dict(tuner_layers(base)) if layers is None else layers
     if any(name in layer.merged_adapters for layer in layers.values()):
         msg = f"The adapter {name!r} is merged, so new tensors would have no effect. Call unmerge_adapter() first."
         raise AdapterStateError(msg)

@@ -22,7 +22,7 @@ _LOW = frozenset(dtype for dtype in _DTYPES if dtype.is_floating_point and dtype
 """The dtypes of lower precision than float32."""
 
 _NONE: frozenset[str] = frozenset()  # one for all modules: Python makes another each time
-_WORDS = frozenset({"state_dict", "_save_to_state_dict", "get_extra_state"})
+_WORDS = ("state_dict", "_save_to_state_dict", "get_extra_state")
 """By what a module can tell its state in a way of its own."""
 
 
@@ -106,16 +106,20 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> bool:
     state = module.__dict__
     if state.get("_state_dict_hooks") or state.get("_state_dict_pre_hooks") or not _is_plain(kind):
         return False
-    if not _WORDS.isdisjoint(state):  # set on this very module
+    one, other, third = _WORDS
+    if one in state or other in state or third in state:  # set on this very module
         return False
     for name, parameter in state["_parameters"].items():
         if parameter is not None:
             found[prefix + name] = parameter
-    for name, buffer in state.get("_buffers", {}).items():
+    buffers = state.get("_buffers")
+    for name, buffer in buffers.items() if buffers else ():
         if buffer is not None and name not in module._non_persistent_buffers_set:
             found[prefix + name] = buffer
-    children = state["_modules"].items()
-    return all(child is None or _collect(child, f"{prefix}{name}.", found) for name, child in children)
+    for name, child in state["_modules"].items():
+        if child is not None and not _collect(child, f"{prefix}{name}.", found):
+            return False
+    return True
 
 
 @functools.cache

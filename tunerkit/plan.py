@@ -175,11 +175,12 @@ def make_plan(
         matcher.only_in(keys_in_state(model, state_keys, entries, prefix))
     targets: dict[tuple[int, str | None], Target] = {}
     decisions: list[Decision] = []
-    modules = ((*place, None) for place in here)
+    bases = [bare(module) for _, module, _, _ in here]
+    modules = ((*place, None, base) for place, base in zip(here, bases, strict=True))
     parameters = parameter_places(model) if getattr(config, "target_parameters", None) else ()
     along: dict[int, str] = {}
-    for key, module, parent, name, parameter in itertools.chain(modules, parameters):
-        base = bare(module)
+    within = ((*place, bare(place[1])) for place in parameters)
+    for key, module, parent, name, parameter, base in itertools.chain(modules, within):
         verdict, reason = matcher.decide(key, parameter)
         if verdict == "not matched" and parameter is None and id(base) in along:
             verdict, reason = "adapted", along[id(base)]
@@ -191,7 +192,7 @@ def make_plan(
             whole.check_free(key)
         for target in found:
             _note(targets, decisions, key, base, target, (verdict, reason))
-    ties = _tied(here, config, targets, decisions, whole)
+    ties = _tied(here, bases, config, targets, decisions, whole)
     by_pattern = any(getattr(config, setting) for setting in config._patterns)
     plan = Plan(
         config,
@@ -264,6 +265,7 @@ def _note(
 
 def _tied(
     here: Sequence[ModulePlace],
+    bases: Sequence[nn.Module],
     config: PeftConfig,
     targets: dict[tuple[int, str | None], Target],
     decisions: list[Decision],
@@ -272,7 +274,7 @@ def _tied(
     """Tie the targets that share a weight if the config asks for it; return what is to be known of such weights."""
     if not hasattr(config, "ensure_weight_tying"):
         return []
-    shared = modules_that_share(here)
+    shared = modules_that_share(here, bases)
     changed = {base for base, _ in targets} | {id(bare(one.module)) for one in whole.modules}
     for group in shared if tied_copies(config) else ():
         _tie(targets, decisions, group, whole)

@@ -18,13 +18,13 @@ from tunerkit.config import PeftConfig, TaskType, check_config
 from tunerkit.effect import check_effect
 from tunerkit.errors import AdapterNameError, CardWarning, CheckpointError, ConfigError, PluginError
 from tunerkit.functional import loading_for, renamed
+from tunerkit.layer import tuner_layers
 from tunerkit.modules import tensors_in
 from tunerkit.naming import listing
 from tunerkit.plugins import get_method
-from tunerkit.tuner import find_tuner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     import torch
     from torch import nn
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tunerkit.checkpoint.report import LoadReport
     from tunerkit.layer import BaseTunerLayer
     from tunerkit.stored_model import StoredModel
+    from tunerkit.tuner import BaseTuner
 
 FORMAT = "1"
 """The version of what tunerkit writes into the metadata of a checkpoint's tensors."""
@@ -63,10 +64,11 @@ class SavedAdapter:
 
     def put_into(self, model: StoredModel, name: str, *, strict: bool, verify: bool) -> LoadReport:
         """Put the tensors into an adapter of the model, and refuse one without effect if that is to be verified."""
-        loading = loading_for(model, name, self.tensors)
+        layers = dict(tuner_layers(model.get_base_model()))
+        loading = loading_for(model, name, self.tensors, layers)
         loading.report.settle(self.source, strict=strict)
         loading.write()
-        self._check_no_meta(model, name, loading.report)
+        self._check_no_meta(model.base_model, layers.values(), name, loading.report)
         if verify:
             check_effect(model.base_model, name, self.source)
         return loading.report
@@ -94,11 +96,11 @@ class SavedAdapter:
             if key not in _ACCOUNT and ours.get(key) != theirs.get(key)
         ]
 
-    def _check_no_meta(self, model: nn.Module, name: str, report: LoadReport) -> None:
-        tuner = find_tuner(model)
-        layers = [] if tuner is None else tuner.layers()
+    def _check_no_meta(
+        self, tuner: BaseTuner, layers: Collection[BaseTunerLayer], name: str, report: LoadReport
+    ) -> None:
         holders: list[nn.Module] = [held for layer in layers if (held := adapter_of(layer, name)) is not None]
-        if tuner is not None and name in tuner.parts:
+        if name in tuner.parts:
             holders.append(tuner.parts[name])
         for holder in (held for held in holders if any(tensor.is_meta for tensor in tensors_in(held))):
             for key, tensor in (*holder.named_parameters(), *holder.named_buffers()):

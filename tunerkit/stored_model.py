@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -80,8 +81,12 @@ class StoredModel(nn.Module):
         peft_config = self._with_heads(check_config(peft_config))
         kind = get_method(str(peft_config.peft_type)).method.tuner or BaseTuner
         with Journal():
-            tuner = kind(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-            tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            make = functools.partial(kind, model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+            if kind.__init__ is BaseTuner.__init__:
+                tuner = make(autocast_adapter_dtype=autocast_adapter_dtype)
+            else:  # one with PEFT's arguments
+                tuner = make()
+                tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             self.base_model = tuner
             self.training = tuner.training
             self._prepare_if_checkpointed()
@@ -387,8 +392,8 @@ def _grow(found: list[nn.Module]) -> list[nn.Module]:
 
 def _add_below(module: nn.Module, found: list[nn.Module]) -> None:
     """Add what is right below a module, its adapters too, which stand outside the module tree."""
-    if isinstance(module, AdaptedLayer):
-        found += module._adapters.values()
+    if issubclass(type(module), AdaptedLayer):  # `isinstance` is answered in Python where the answer is no
+        found += module.__dict__["_adapters"].values()
     if type(module) is not EntryModule:  # which only shows what the adapters hold
         for child in module._modules.values():
             if child is not None:

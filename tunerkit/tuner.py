@@ -6,16 +6,14 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunerkit import merge
-from tunerkit.attach import attach, make_part
+from tunerkit.advice import warn_of
+from tunerkit.attach import Newcomer, attach, make_part
 from tunerkit.biases import Biases, trained_biases
 from tunerkit.config import PeftConfig, check_config, chosen_config
 from tunerkit.errors import (
     AdapterNameError,
     AdapterStateError,
     AdapterWarning,
-    ConfigWarning,
-    TargetWarning,
-    TyingWarning,
     UnknownAdapterError,
     UnknownMethodError,
 )
@@ -54,6 +52,7 @@ class BaseTuner(HookCalls, RoutedModel):
         adapter_name: Which; with a dict that does not have it, the dict's only entry.
         low_cpu_mem_usage: Make the adapter's tensors on the meta device, to be filled by a checkpoint.
         state_dict: A checkpoint's tensors, to go where they say rather than where the config says.
+        autocast_adapter_dtype: Make the adapter's tensors float32 where the base is of lower precision.
 
     Attributes:
         model: The base model.
@@ -80,6 +79,8 @@ class BaseTuner(HookCalls, RoutedModel):
         adapter_name: str = "adapter",
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
+        *,
+        autocast_adapter_dtype: bool = False,
     ) -> None:
         super().__init__()
         config, name = chosen_config(peft_config, check_adapter_name(adapter_name, RESERVED_NAMES))
@@ -95,9 +96,7 @@ class BaseTuner(HookCalls, RoutedModel):
             for parameter in self._were_trainable:
                 parameter.requires_grad = False
             self.peft_config[name] = config
-            self.inject_adapter(
-                model, name, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
-            )
+            self.inject_adapter(model, name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     # Which class answers for a method
 
@@ -173,7 +172,8 @@ class BaseTuner(HookCalls, RoutedModel):
             )
             raise UnknownAdapterError(msg)
         config = self.peft_config[adapter_name]
-        if any(layer.holds(adapter_name) for layer in self.layers()):
+        there = self.layers()
+        if any(layer.holds(adapter_name) for layer in there):
             msg = (
                 f"The model already has an adapter {adapter_name!r} beside {listing(self.peft_config)}. Choose another "
                 "name, or take it out first with delete_adapter() or unload()."
@@ -192,47 +192,39 @@ class BaseTuner(HookCalls, RoutedModel):
                 model.__dict__[REPLICATION] = self.replication
             plan = self.plan(config, state_dict)
             face = self._face_for(config)
-            part = self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage)
-            layers = attach(
-                face.caller("_create_and_replace", plan.config),
-                plan,
+            newcomer = Newcomer(
                 adapter_name,
+                method_id(str(plan.config.peft_type)),
+                face.tuner_layer_cls,
                 self.owner,
-                part,
-                journal,
-                layer_class=face.tuner_layer_cls,
-                via_hook=not overrides_hooks(type(face)),
+                self._make_part(face, plan, adapter_name, meta=low_cpu_mem_usage),
                 meta=low_cpu_mem_usage,
+                upcast=autocast_adapter_dtype and type(self)._cast_adapter_dtype is BaseTuner._cast_adapter_dtype,
+                trains=adapter_name in self.active_adapters and not plan.config.inference_mode,
             )
+            create = face.caller("_create_and_replace", plan.config)
+            layers, others = attach(create, plan, newcomer, journal, via_hook=not overrides_hooks(type(face)))
             # Copies are of the base model's own, without the biases that another adapter trains.
             shown = self.biases.shown
             self.biases.note(journal)
             self.biases.show(trained=False)
-            layers += put_copies(plan.copies, adapter_name, self.owner, journal, tied=tied_copies(plan.config))
+            others += put_copies(plan.copies, adapter_name, self.owner, journal, tied=tied_copies(plan.config))
             self.biases.show(trained=shown)
             if which is not None:
                 self.biases = Biases(adapter_name, which, model)
             self.peft_config[adapter_name] = plan.config
             model.__dict__["peft_config"] = self.peft_config
-            if type(self)._cast_adapter_dtype is not BaseTuner._cast_adapter_dtype:
+            if newcomer.upcast:
+                self._cast_up(others, adapter_name)
+            else:
                 self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-            elif autocast_adapter_dtype:
-                self._cast_up(layers, adapter_name)  # the same, and the layers are known
-            self._activate_new(layers, adapter_name, frozen=plan.config.inference_mode)
+            if there and adapter_name in self.active_adapters:
+                self.set_adapter(self.active_adapters, inference_mode=not newcomer.trains)
+            else:
+                self._activate_new(layers, others, newcomer)
             set_fast_paths(model, journal, disabled=self.disabled)
-            self._warn(plan, which)  # a warning may be made an error, and then the adapter is not put in
-
-    def _warn(self, plan: Plan, biases: str | None) -> None:
-        """Say what a user should know of a plan that was carried out, and of the biases that were to be trained."""
-        unmatched = plan.unmatched()
-        if biases is not None and not self.biases.kept:
-            unmatched.append(f"bias={biases!r} trains nothing, for there is no bias to train")
-        for sentence in unmatched:
-            warnings.warn(TargetWarning(f"{sentence}. The other entries were matched."), stacklevel=3)
-        for sentence in plan.corrections:
-            warnings.warn(ConfigWarning(f"{sentence}; it was corrected in the completed config."), stacklevel=3)
-        for sentence in plan.ties:
-            warnings.warn(TyingWarning(sentence), stacklevel=3)
+            # A warning may be made an error, and then the adapter is not put in.
+            warn_of(plan, None if self.biases.kept else which)
 
     def _make_part(self, face: BaseTuner, plan: Plan, name: str, *, meta: bool) -> Part | None:
         declared = _declared(face, plan.config)
@@ -254,16 +246,23 @@ class BaseTuner(HookCalls, RoutedModel):
         if name in self.parts:
             cast_up(tensors_in(self.parts[name]))
 
-    def _activate_new(self, layers: list[BaseTunerLayer], name: str, *, frozen: bool) -> None:
-        """Bring a new adapter's layers to the tuner's state; unless it is active, no other adapter's flag changes."""
-        active = self.active_adapters
+    def _activate_new(self, layers: list[BaseTunerLayer], others: list[BaseTunerLayer], newcomer: Newcomer) -> None:
+        """Bring the layers of a new adapter to the tuner's state; no other adapter is active with it.
+
+        The others are those that are still to be told whether it trains.
+        """
+        active, name = self.active_adapters, newcomer.name
         if name in active:
-            self.set_adapter(active, inference_mode=frozen)
-            return
-        if name in self.parts:
-            self._set_beside(name, trains=False)
-        for layer in layers:
-            layer._let_train((name,), [], trains=False)
+            self.active_adapter = active
+            self.biases.show(trained=self.biases.name == name and not self.disabled)
+        if name in self._beside():
+            self._set_beside(name, trains=newcomer.trains)
+        for layer in others:
+            if name in active:
+                layer._switch(active, [name] if newcomer.trains else [], [])
+            else:
+                layer._let_train((name,), [], trains=False)
+        for layer in (*layers, *others):
             if layer.available_adapters == [name]:
                 layer._activate(active)
                 layer.enable_adapters(not self.disabled)

@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     Shared = list[ModulePlace]
 
 
-def modules_that_share(here: Sequence[ModulePlace]) -> list[Shared]:
+def modules_that_share(here: Sequence[ModulePlace], bases: Sequence[nn.Module]) -> list[Shared]:
     """Return the groups of modules that hold one and the same parameter as their weight.
 
     Args:
         here: The places of a model's modules.
+        bases: What stands at each of them below all adapters.
 
     Returns:
         For each such parameter the places of the modules: path, module, parent and name in it. An embedding comes
         first, for that is where the weight is at home.
     """
-    held_by = [bare(module)._parameters for _, module, _, _ in here]
+    held_by = [base._parameters for base in bases]
     # Not by `get`, which the parameters of a scripted module do not have.
     weights = [own["weight"] if "weight" in own else None for own in held_by]  # noqa: SIM401
     held = [id(weight) for weight in weights if weight is not None]

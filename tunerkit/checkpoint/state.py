@@ -335,7 +335,8 @@ def untied(first: str, second: str) -> str:
 
 def _filled(own: Tensor, value: Tensor, device: torch.device) -> Tensor:
     """Return a tensor with the values, of the kind and dtype of one on the meta device."""
-    new = value.to(device=device, dtype=own.dtype, copy=True)
+    alike = value.dtype is own.dtype and value.device == device
+    new = value.clone() if alike else value.to(device=device, dtype=own.dtype, copy=True)
     return nn.Parameter(new, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else new
 
 
