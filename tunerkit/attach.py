@@ -55,7 +55,7 @@ class Newcomer:
 @hold_settings
 def attach(
     create: Callable[..., object], plan: Plan, newcomer: Newcomer, journal: Journal, *, via_hook: bool
-) -> tuple[list[BaseTunerLayer], list[BaseTunerLayer]]:
+) -> tuple[list[AdaptedLayer], list[BaseTunerLayer]]:
     """Make an adapter at each target of a plan and put it in place; it is not active yet.
 
     Args:
@@ -75,9 +75,9 @@ def attach(
 
 def _attach(
     create: Callable[..., object], plan: Plan, newcomer: Newcomer, journal: Journal, *, via_hook: bool
-) -> tuple[list[BaseTunerLayer], list[BaseTunerLayer]]:
+) -> tuple[list[AdaptedLayer], list[BaseTunerLayer]]:
     name, part = newcomer.name, newcomer.part
-    layers: list[BaseTunerLayer] = []
+    layers: list[AdaptedLayer] = []
     others: list[BaseTunerLayer] = []
     adapters: dict[str, object] = {}
     for planned in plan.targets:
@@ -98,7 +98,10 @@ def _attach(
         for other_parent, other_child in target.places[1:]:
             journal.note_module(other_parent)
             other_parent._modules[other_child] = layer  # type: ignore[assignment]
-        (layers if isinstance(made, Adapter) and type(layer) is AdaptedLayer else others).append(layer)
+        if isinstance(made, Adapter) and type(layer) is AdaptedLayer:
+            layers.append(layer)
+        else:
+            others.append(layer)
     return layers, others
 
 

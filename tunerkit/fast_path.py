@@ -18,6 +18,8 @@ from tunerkit.sites import AttentionSite, OutputProjectionSite
 from tunerkit.targeting import bare
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from tunerkit.journal import Journal
 
 _SWITCHES: tuple[tuple[type[nn.Module], str], ...] = (
@@ -26,21 +28,25 @@ _SWITCHES: tuple[tuple[type[nn.Module], str], ...] = (
 )
 """What torch's encoders ask before they take the fast path: no, if it is false."""
 
-_KINDS = tuple(kind for kind, _ in _SWITCHES)
+ENCODERS = tuple(kind for kind, _ in _SWITCHES)
+"""Torch's encoders."""
 
 _BEFORE = "_fast_path_before_adapters"
 """Where an encoder that must not take it keeps what it said; on the encoder, for it may be copied or pickled."""
 
 
-def set_fast_paths(model: nn.Module, journal: Journal, *, disabled: bool) -> None:
+def set_fast_paths(
+    model: nn.Module, journal: Journal, *, disabled: bool, encoders: Iterable[nn.Module] | None = None
+) -> None:
     """Let the encoders in a model take their fast path exactly if the layers in them need not be called.
 
     Args:
         model: The model.
         journal: Where each change is noted before it is made.
         disabled: Whether the adapters are switched off.
+        encoders: The encoders that are in the model, if they are known.
     """
-    for module in _encoders(model):
+    for module in _encoders(model) if encoders is None else (model, *encoders):
         state = module.__dict__
         for kind, switch in _SWITCHES:
             # An encoder from an old file may lack the switch, and then it does not take the fast path at all.
@@ -60,7 +66,7 @@ def _encoders(module: nn.Module) -> list[nn.Module]:
     """Return the encoders that a module is and holds; of layers with adapters only the base is entered."""
     found, left = [], [module]
     for one in left:  # which grows meanwhile
-        if isinstance(one, _KINDS):
+        if isinstance(one, ENCODERS):
             found.append(one)
         for child in one._modules.values():
             base = None if child is None else bare(child)

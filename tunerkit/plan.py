@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tunerkit.advice import closest_to, nothing_matched
 from tunerkit.config import PeftConfig
 from tunerkit.errors import NoMatchingPeftModuleError, PluginError, TargetError, UnsupportedSiteError
+from tunerkit.fast_path import ENCODERS
+from tunerkit.layer import is_layer, stack_at
 from tunerkit.matching import Chooser, Matcher, Verdict
 from tunerkit.modules_to_save import WholeModules, tied_copies
 from tunerkit.naming import listing
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from tunerkit.layer import BaseTunerLayer
     from tunerkit.modules_to_save import WholeModule
     from tunerkit.sites import Site
     from tunerkit.targeting import ModulePlace, Place
@@ -80,6 +83,8 @@ class Plan:
         copies: The modules of which the adapter gets copies that are trained and saved as a whole.
         unsaved: The entries of `modules_to_save` that matched nothing.
         ties: What is to be known of weights that modules share, in words.
+        there: The layers with adapters that the model has already.
+        encoders: Those of the modules that are torch's encoders.
     """
 
     config: PeftConfig
@@ -93,6 +98,8 @@ class Plan:
     copies: tuple[WholeModule, ...] = field(repr=False)
     unsaved: tuple[str, ...]
     ties: tuple[str, ...] = ()
+    there: tuple[BaseTunerLayer, ...] = field(default=(), repr=False)
+    encoders: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     @property
     def adapted(self) -> list[str]:
@@ -206,10 +213,21 @@ def make_plan(
         whole.modules,
         tuple(whole.unmatched()),
         tuple(ties),
+        tuple(_layers_at(here, bases)),
+        tuple(base for base in bases if base._modules and isinstance(base, ENCODERS)),
     )
     if not targets:
         raise NoMatchingPeftModuleError(nothing_matched(model, plan, state_keys is not None))
     return plan
+
+
+def _layers_at(here: Sequence[ModulePlace], bases: Sequence[nn.Module]) -> list[BaseTunerLayer]:
+    found: list[BaseTunerLayer] = []
+    for (_, module, _, _), base in zip(here, bases, strict=True):
+        if is_layer(module):
+            alone = module._modules.get(module.base_name) is base  # found so for less
+            found += (module,) if alone else stack_at(module)
+    return found
 
 
 def _site_class(module: nn.Module, kinds: Collection[str]) -> type[Site] | None:

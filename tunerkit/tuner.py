@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from tunerkit.adapted_layer import AdaptedLayer
     from tunerkit.adapter import Part
     from tunerkit.plugins.method import Method
 
@@ -172,13 +173,6 @@ class BaseTuner(HookCalls, RoutedModel):
             )
             raise UnknownAdapterError(msg)
         config = self.peft_config[adapter_name]
-        there = self.layers()
-        if any(layer.holds(adapter_name) for layer in there):
-            msg = (
-                f"The model already has an adapter {adapter_name!r} beside {listing(self.peft_config)}. Choose another "
-                "name, or take it out first with delete_adapter() or unload()."
-            )
-            raise AdapterNameError(msg)
         refuse_sharded(model, "no adapter can be put in: its gradients would not be averaged")
         which = trained_biases(config)
         if which is not None:
@@ -191,6 +185,12 @@ class BaseTuner(HookCalls, RoutedModel):
                 self.replication.apply(journal)
                 model.__dict__[REPLICATION] = self.replication
             plan = self.plan(config, state_dict)
+            if any(layer.holds(adapter_name) for layer in plan.there):
+                msg = (
+                    f"The model already has an adapter {adapter_name!r} beside {listing(self.peft_config)}. Choose "
+                    "another name, or take it out first with delete_adapter() or unload()."
+                )
+                raise AdapterNameError(msg)
             face = self._face_for(config)
             newcomer = Newcomer(
                 adapter_name,
@@ -218,11 +218,11 @@ class BaseTuner(HookCalls, RoutedModel):
                 self._cast_up(others, adapter_name)
             else:
                 self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-            if there and adapter_name in self.active_adapters:
+            if plan.there and adapter_name in self.active_adapters:
                 self.set_adapter(self.active_adapters, inference_mode=not newcomer.trains)
             else:
                 self._activate_new(layers, others, newcomer)
-            set_fast_paths(model, journal, disabled=self.disabled)
+            set_fast_paths(model, journal, disabled=self.disabled, encoders=plan.encoders)
             # A warning may be made an error, and then the adapter is not put in.
             warn_of(plan, None if self.biases.kept else which)
 
@@ -246,7 +246,7 @@ class BaseTuner(HookCalls, RoutedModel):
         if name in self.parts:
             cast_up(tensors_in(self.parts[name]))
 
-    def _activate_new(self, layers: list[BaseTunerLayer], others: list[BaseTunerLayer], newcomer: Newcomer) -> None:
+    def _activate_new(self, layers: list[AdaptedLayer], others: list[BaseTunerLayer], newcomer: Newcomer) -> None:
         """Bring the layers of a new adapter to the tuner's state; no other adapter is active with it.
 
         The others are those that are still to be told whether it trains.
@@ -262,10 +262,11 @@ class BaseTuner(HookCalls, RoutedModel):
                 layer._switch(active, [name] if newcomer.trains else [], [])
             else:
                 layer._let_train((name,), [], trains=False)
-        for layer in (*layers, *others):
-            if layer.available_adapters == [name]:
-                layer._activate(active)
-                layer.enable_adapters(not self.disabled)
+        new: list[BaseTunerLayer] = [layer for layer in layers if len(layer._adapters) == 1]
+        new += [layer for layer in others if layer.available_adapters == [name]]
+        for layer in new:
+            layer._activate(active)
+            layer.enable_adapters(not self.disabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; layers that hold no other become the base layers they were.
