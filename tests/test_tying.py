@@ -12,7 +12,7 @@ from tunerkit.adapter import Adapter, AdditiveAdapter
 from tunerkit.config import PeftConfig
 from tunerkit.errors import TyingWarning, UnsupportedSiteError
 from tunerkit.plugins.method import Method
-from tunerkit.targeting import bare, places
+from tunerkit.targeting import places_and_bases
 from tunerkit.tying import modules_that_share, remarks_on_ties
 from tunerkit_lora import LoraConfig
 
@@ -29,8 +29,7 @@ class Model(nn.Module):
 
 
 def shared_in(model):
-    here = places(model)
-    return modules_that_share(here, [bare(module) for _, module, _, _ in here])
+    return modules_that_share(*places_and_bases(model))
 
 
 class TestModulesThatShare:

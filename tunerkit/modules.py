@@ -35,7 +35,8 @@ def set_modes(modules: Iterable[nn.Module | None], mode: bool) -> None:
             module.train(mode)
         else:
             module.__dict__["training"] = mode
-            set_modes(module._modules.values(), mode)
+            if module._modules:  # most have none
+                set_modes(module._modules.values(), mode)
 
 
 def sets_own_mode(module: nn.Module, plain: tuple[object, ...] = (nn.Module.train,)) -> bool:

@@ -27,6 +27,7 @@ from tunerkit.targeting import (
     parameter_places,
     place_of_parameter,
     places,
+    places_and_bases,
     wants_all_linear,
 )
 from tunerkit.tying import modules_that_share, remarks_on_ties
@@ -174,7 +175,7 @@ def make_plan(
     config = _prepared(chooser, config, model_config)
     if wants_all_linear(config):
         config.target_modules = _all_linear(model, config)  # type: ignore[attr-defined]
-    here = places(model)
+    here, bases = places_and_bases(model)
     whole = WholeModules(here, config)
     matcher = Matcher(config, chooser, whole)
     if state_keys is not None:
@@ -182,7 +183,6 @@ def make_plan(
         matcher.only_in(keys_in_state(model, state_keys, entries, prefix))
     targets: dict[tuple[int, str | None], Target] = {}
     decisions: list[Decision] = []
-    bases = [bare(module) for _, module, _, _ in here]
     modules = ((*place, None, base) for place, base in zip(here, bases, strict=True))
     parameters = parameter_places(model) if getattr(config, "target_parameters", None) else ()
     along: dict[int, str] = {}

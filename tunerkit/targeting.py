@@ -196,20 +196,27 @@ def places(module: nn.Module, prefix: str = "") -> list[ModulePlace]:
     A module that stands at several places comes once for each. Layers with adapters are not entered, other than for the
     children that their base layer has.
     """
+    return places_and_bases(module, prefix)[0]
+
+
+def places_and_bases(module: nn.Module, prefix: str = "") -> tuple[list[ModulePlace], list[nn.Module]]:
+    """Return what `places` does, and what stands at each of the places below all adapters."""
     found: list[ModulePlace] = []
-    _find_places(module, f"{prefix}." if prefix else "", found)
-    return found
+    bases: list[nn.Module] = []
+    _find_places(module, f"{prefix}." if prefix else "", found, bases)
+    return found, bases
 
 
-def _find_places(module: nn.Module, prefix: str, found: list[ModulePlace]) -> None:
+def _find_places(module: nn.Module, prefix: str, found: list[ModulePlace], bases: list[nn.Module]) -> None:
     for name, child in module._modules.items():
         if child is None:
             continue
         key = prefix + name
         found.append((key, child, module, name))
         below = bare(child)
+        bases.append(below)
         if below._modules:
-            _find_places(below, f"{key}.", found)
+            _find_places(below, f"{key}.", found, bases)
 
 
 def adapted_places(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
