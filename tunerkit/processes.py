@@ -97,9 +97,10 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     Raises:
         AdapterStateError: The model is sharded.
     """
-    # Where none of them is imported nothing is sharded.
+    # Where none of them is imported nothing is sharded, and nor is it where no module was ever made one of its class.
     imported = [sys.modules[name] for name in _SHARDING if name in sys.modules]
-    kinds = tuple(module.FSDPModule for module in imported if hasattr(module, "FSDPModule"))
+    found = (module.FSDPModule for module in imported if hasattr(module, "FSDPModule"))
+    kinds = tuple(kind for kind in found if kind.__subclasses__())
     if kinds and any(isinstance(module, kinds) for module in modules_in(model)):
         msg = f"The model is sharded (fully_shard), and {what}. Do that first, then call fully_shard."
         raise AdapterStateError(msg)
