@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import math
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timing import timed
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 LAYERS, WIDTH, RANK = 4800, 16, 8
 TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 HELD = ("_parameters", "_buffers", "_modules")
+WIDE = {torch.float32, torch.float64}
 BOUND = 1 / math.sqrt(WIDTH)
 
 torch.set_num_threads(1)
@@ -117,6 +118,105 @@ def attach_second(places: list[tuple[str, nn.Module, nn.Linear]], layers: list[n
             layer.__dict__["adapters"]["second"] = adapter
 
 
+class Decision(NamedTuple):
+    """What was decided for a module."""
+
+    path: str
+    kind: str
+    verdict: str
+    reason: str
+
+
+class Site:
+    """A layer as a method sees it."""
+
+    __slots__ = ("module", "path")
+
+    def __init__(self, module: nn.Linear, path: str) -> None:
+        self.module = module
+        self.path = path
+
+
+def tree(places: list[tuple[str, nn.Module, nn.Linear]]) -> nn.Module:
+    """Return a model in which the parents stand at their paths."""
+    root = nn.Module()
+    for path, parent, _ in places:
+        above = root
+        *upper, last, _ = path.split(".")
+        for name in upper:
+            if name not in above._modules:
+                above.add_module(name, nn.Module())
+            above = above._modules[name]  # type: ignore[assignment]
+        above._modules[last] = parent
+    return root
+
+
+def find_targets(
+    module: nn.Module, prefix: str, decisions: list[Decision], targets: list[tuple[str, nn.Module, nn.Module]]
+) -> None:
+    """Walk a model, not into layers with adapters, and decide by the names of modules."""
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        path = prefix + name
+        if name in TARGETS:
+            decisions.append(Decision(path, type(child).__name__, "adapted", repr(name)))
+            targets.append((path, module, child))
+        else:
+            decisions.append(Decision(path, type(child).__name__, "not matched", ""))
+        if child._modules and "adapters" not in child.__dict__:
+            find_targets(child, f"{path}.", decisions, targets)
+
+
+def create(site: Site, ranks: dict[str, int]) -> Lean:
+    """Return an adapter for a layer, as the plugin of a method does, with the settings that a config has for it."""
+    weight = site.module._parameters["weight"]
+    rank = ranks.get(site.path, RANK)
+    adapter = Lean()
+    adapter.__dict__["scaling"] = 16 / rank
+    factors = (
+        weight.new_empty((rank, weight.shape[1])).uniform_(-BOUND, BOUND),  # type: ignore[union-attr]
+        weight.new_zeros((weight.shape[0], rank)),  # type: ignore[union-attr]
+    )
+    for name, factor in zip(("lora_A", "lora_B"), factors, strict=True):
+        held = Lean()
+        held.__dict__["out_features"], held.__dict__["in_features"] = factor.shape
+        held._parameters["weight"] = nn.Parameter(factor)
+        adapter._modules[name] = held
+    return adapter
+
+
+def plan_and_attach_second(model: nn.Module) -> None:
+    """Attach another one beside it, frozen, where a walk over the model finds that it goes, by way of a plugin."""
+    notes: list[Any] = []
+    noted: set[int] = set()
+    decisions: list[Decision] = []
+    targets: list[tuple[str, nn.Module, nn.Module]] = []
+    find_targets(model, "", decisions, targets)
+    for path, parent, layer in targets:
+        base: nn.Linear = layer._modules["base_layer"]  # type: ignore[assignment]
+        for module in (parent, layer, base):
+            if id(module) not in noted:
+                noted.add(id(module))
+                note(notes, module)
+        site = Site(base, path)
+        adapter = create(site, {})
+        device = base._parameters["weight"].device  # type: ignore[union-attr]
+        adapter.__dict__["training"] = layer.training
+        for entry, held in adapter._modules.items():
+            if entry not in layer._modules:
+                msg = f"{entry} is not declared."
+                raise ValueError(msg)
+            held.__dict__["training"] = layer.training  # type: ignore[union-attr]
+            for parameter in held._parameters.values():  # type: ignore[union-attr]
+                if parameter.device != device:
+                    parameter.data = parameter.data.to(device)
+                if parameter.dtype not in WIDE:
+                    parameter.data = parameter.data.float()
+                parameter.requires_grad = False
+        layer.__dict__["adapters"]["second"] = adapter
+
+
 def switch(layers: list[nn.Module], name: str) -> None:
     """Make one of the adapters active and trainable, and freeze the others."""
     notes: list[Any] = []
@@ -164,16 +264,21 @@ def main() -> None:
     for _ in range(7):
         by_hand, places = base_model(), base_model()
         figures.setdefault("floor, attach", []).append(timed(lambda by_hand=by_hand: floor(by_hand), LAYERS)[0])
+        model = tree(places)
         took, layers = timed(lambda places=places: attach(places), LAYERS)
         figures.setdefault("bound, attach", []).append(took)
         took, _ = timed(lambda places=places, layers=layers: attach_second(places, layers), LAYERS)
         figures.setdefault("bound, second", []).append(took)
+        for layer in layers:
+            del layer.__dict__["adapters"]["second"]
+        took, _ = timed(lambda model=model: plan_and_attach_second(model), LAYERS)
+        figures.setdefault("bound, second, planned", []).append(took)
         took, _ = timed(lambda layers=layers: switch(layers, "second"), LAYERS)
         figures.setdefault("bound, set_adapter", []).append(took)
         took, _ = timed(lambda layers=layers: switch_off_and_on(layers), LAYERS)
         figures.setdefault("bound, disable", []).append(took)
     for what, taken in figures.items():
-        print(f"{what:20} {statistics.median(taken):6.1f} us")
+        print(f"{what:24} {statistics.median(taken):6.1f} us")
 
 
 if __name__ == "__main__":
