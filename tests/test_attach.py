@@ -336,6 +336,18 @@ class TestParts:
             peft(x)
         assert len(calls) == 1
 
+    def test_what_an_adapter_makes_as_it_joins_is_treated_as_the_rest(self, model, offer):
+        class Joined(Scale):
+            def join(self, part):
+                super().join(part)
+                self.toy_scale = nn.Parameter(part.toy_shared.detach()[:1].to(torch.bfloat16))
+
+        config = offer(adapter=Joined, part=Shared)
+        peft = get_peft_model(model, config)
+        peft.add_adapter("b", config)
+        assert [model[0].toy_scale[name].dtype for name in ("default", "b")] == [torch.float32, torch.float32]
+        assert [model[0].toy_scale[name].requires_grad for name in ("default", "b")] == [True, False]
+
     def test_follows_the_mode(self, model, offer):
         peft = get_peft_model(model, offer(part=Shared))
         peft.eval()

@@ -66,8 +66,9 @@ def attach(
         via_hook: Whether `create` asks the method's hook, which must return what it did; an override need not.
 
     Returns:
-        The layers that hold the adapter now: the core's own, and those of other classes, whose adapter is as its method
-        left it, whatever its dtype and whether it trains.
+        The layers that hold the adapter now: those on which all is settled, and those whose adapter may hold tensors of
+        low precision or of which the method has said itself whether they train: of other classes than the core's own,
+        or joined with a part.
     """
     make = functools.partial(_attach, create, plan, newcomer, journal, via_hook=via_hook)
     return make_on_meta(make) if newcomer.meta else make()
@@ -98,7 +99,7 @@ def _attach(
         for other_parent, other_child in target.places[1:]:
             journal.note_module(other_parent)
             other_parent._modules[other_child] = layer  # type: ignore[assignment]
-        if isinstance(made, Adapter) and type(layer) is AdaptedLayer:
+        if isinstance(made, Adapter) and part is None and type(layer) is AdaptedLayer:
             layers.append(layer)
         else:
             others.append(layer)
