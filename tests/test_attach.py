@@ -379,3 +379,18 @@ class TestDtypes:
     def test_double_stays(self, model):
         get_peft_model(model.double(), LoraConfig(target_modules=["0"]))
         assert model[0].lora_A["default"].weight.dtype == torch.float64
+
+    def test_a_tuner_made_as_in_peft(self, model, offer):
+        class Tuner(BaseTuner, method="attach-toy"):
+            def __init__(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None):
+                super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+
+        get_peft_model(model.bfloat16(), offer(tuner=Tuner))
+        assert model[0].toy_scale["default"].dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        ("asked", "dtype"), [({}, torch.bfloat16), ({"autocast_adapter_dtype": True}, torch.float32)]
+    )
+    def test_a_tuner_by_itself(self, model, asked, dtype):
+        BaseTuner(model.bfloat16(), LoraConfig(target_modules=["0"]), **asked)
+        assert model[0].lora_A["adapter"].weight.dtype == dtype
