@@ -530,6 +530,7 @@ def test_signatures_are_pefts(kind, name):
         extra = {"default"}  # PEFT documents it and lacks it
     if (kind, name) == (BaseTuner, "__init__"):
         theirs["adapter_name"] = "adapter"  # which has no default there
+        extra = {"autocast_adapter_dtype"}  # PEFT casts in a walk of its own
     missing = [parameter for parameter in theirs if parameter not in mine]
     assert missing == []
     assert {key: mine[key] for key in theirs} == theirs

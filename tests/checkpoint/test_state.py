@@ -295,10 +295,12 @@ class Uncopyable:
     """Looks like a tensor until it is to be copied."""
 
     def __init__(self, tensor):
-        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
 
-    def to(self, **_):
+    def clone(self, **_):
         raise RuntimeError("on purpose")
+
+    to = clone
 
 
 def test_complex_numbers_are_refused():
