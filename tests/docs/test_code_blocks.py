@@ -95,7 +95,8 @@ def test_data_can_be_parsed(block):
 
 
 @pytest.mark.parametrize("block", having("sh"), ids=str)
-def test_commands_are_right(block):
+def test_commands_are_right(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one of them writes into the folder in which it is called
     for line in block.code.splitlines():
         if line not in ("", SET_UP, f"{SET_UP} -e demo"):
             check(shlex.split(line, comments=True))

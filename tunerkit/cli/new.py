@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -29,8 +29,8 @@ KINDS = ("additive", "transform", "forward", "shared")
 def new(*, name: str, out: Path, defaults: bool, **given: str | None) -> None:
     """Write a package for a new method NAME, ready to be tested and published, into ./tunerkit-NAME.
 
-    It has the method's settings, its maths, its tests, a licence and a file for CI. What is not given as an option is asked
-    in a terminal; elsewhere the defaults are taken. The kinds differ in what the maths starts from:
+    It has the method's settings, its maths, its tests, a licence and a file for CI. What is not given as an option is
+    asked in a terminal; elsewhere the defaults are taken. The kinds differ in what the maths starts from:
 
     \b
       additive   adds to the weight, here a product of two small matrices
@@ -53,7 +53,7 @@ def new(*, name: str, out: Path, defaults: bool, **given: str | None) -> None:
         msg = f"The method {method!r} is installed already, and two packages cannot offer one. Choose another name."
         raise click.ClickException(msg)
     answers = {key: value for key, value in given.items() if value is not None}
-    answers |= {"method": method, "core": _range(), "year": str(datetime.datetime.now(tz=datetime.timezone.utc).year)}
+    answers |= {"method": method, "core": _range(), "year": str(dt.datetime.now(tz=dt.timezone.utc).year)}
     _fill_in(folder, answers, ask=not defaults and sys.stdin.isatty())
     click.echo(f"Written to {folder}. What comes next:\n")
     click.echo(f"  cd {folder}\n  pip install -e '.[test]'\n  pytest\n  tunerkit check {method}\n")
@@ -76,4 +76,5 @@ def _fill_in(folder: Path, answers: dict[str, str], *, ask: bool) -> None:
     try:
         run_copy(str(TEMPLATE), folder, data=answers, defaults=not ask, quiet=True)
     except (OSError, ValueError, CopierError) as error:
-        raise click.ClickException(f"Nothing was written to '{folder}': {error}") from error
+        msg = f"Nothing was written to '{folder}': {error}"
+        raise click.ClickException(msg) from error
