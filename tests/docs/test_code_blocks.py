@@ -17,6 +17,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from wheels import TUTORIALS
 
 from suite.__main__ import main as benchmarks
 from tunerkit.cli import main
@@ -32,8 +33,9 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "README.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
-    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(page for page in ROOT.glob("docs/**/*.md") if page.stem not in TUTORIALS),
 ]
+FOLLOWED = [ROOT / "docs" / f"{page}.md" for page in TUTORIALS]  # by `tests/packaging/test_tutorial.py`
 FENCE = re.compile(r"^(?P<fence>```+)(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence) *$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.*-->\n\Z")
 SET_UP = "python3 -m venv .venv && .venv/bin/python -m pip install -q tox && .venv/bin/tox"
@@ -148,7 +150,9 @@ def test_demo_is_not_part_of_a_plain_run():
     assert tox()["testenv:demo"]["commands"].startswith("tunerkit demo --method lora")
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", [*PAGES, *FOLLOWED, ROOT / "CHANGELOG.md"], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_links_inside_the_repository_lead_somewhere(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
