@@ -86,6 +86,7 @@ class LazyGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"]},
     lazy={
         "demo": ("tunerkit.cli.demo:demo", "Train, save, load and merge an adapter on a real model."),
+        "doctor": ("tunerkit.cli.doctor:doctor", "Say what is installed, what is wrong with it and what to do."),
         "inspect": (
             "tunerkit.cli.inspect:inspect",
             "Say what an adapter's checkpoint holds, and whether it fits a model.",

@@ -31,6 +31,7 @@ class Offer:
         path: See `package`.
         module: The module to import; None if the program registered the plugin.
         load: Imports the module and returns the plugin.
+        requires: What the package asks for, as its metadata spells it.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Offer:
     version: str | None = None
     path: str | None = None
     module: str | None = None
+    requires: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def source(self) -> str:
@@ -94,7 +96,7 @@ def scan() -> Scan:
     importlib.invalidate_caches()
     unreadable: dict[str, str] = {}
     # The same package found twice on the path (an editable install, a stale .dist-info) is one package.
-    offers = {(offer.kind, offer.package, offer.name): offer for offer in reversed(list(_read_offers(unreadable)))}
+    offers = {(offer.kind, offer.package, offer.name): offer for offer in reversed(list(read_offers(unreadable)))}
     _last = Scan(tuple(sorted(offers.values(), key=lambda offer: (offer.name, str(offer.package)))), AllowList.read())
     messages = unreadable | _last.allow_list.unmatched(offer.name for offer in _last.offers)
     new = [msg for key, msg in messages.items() if key not in _warned]
@@ -104,7 +106,12 @@ def scan() -> Scan:
     return _last
 
 
-def _read_offers(unreadable: dict[str, str]) -> Iterator[Offer]:
+def read_offers(unreadable: dict[str, str]) -> Iterator[Offer]:
+    """Yield every offer of every package on the path, in the path's order, also of further copies of one package.
+
+    Args:
+        unreadable: Takes a message for each package whose metadata cannot be read, by its folder.
+    """
     import importlib_metadata  # noqa: PLC0415 - slow, and not needed to import tunerkit
 
     for distribution in importlib_metadata.distributions():
@@ -123,6 +130,7 @@ def _read_offers(unreadable: dict[str, str]) -> Iterator[Offer]:
                     version=distribution.version,
                     path=path,
                     module=entry_point.module,
+                    requires=tuple(distribution.requires or ()),
                 )
                 for entry_point in distribution.entry_points
                 if entry_point.group in _GROUPS
