@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "tunerkit"
 PLUGINS = {path.name.removeprefix("tunerkit-"): path for path in (ROOT / "plugins").iterdir() if path.is_dir()}
 MODULES = sorted(f"tunerkit_{method.replace('-', '_')}" for method in PLUGINS)
+LIBRARIES = {"bitsandbytes"}
+"""What a plugin is named after that is no method: it says what the layers of a library are."""
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = sorted(
     [*CORE.rglob("*.py"), *(path for plugin in PLUGINS.values() for path in plugin.glob("tunerkit_*/**/*.py"))]
@@ -168,7 +170,8 @@ def test_plugin_is_named_after_its_method(method):
     project = tomllib.loads((PLUGINS[method] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module = f"tunerkit_{method.replace('-', '_')}"
     assert project["name"] == f"tunerkit-{method}"
-    assert project["entry-points"] == {"tunerkit": {method: module}}
+    group = "tunerkit.sites" if method in LIBRARIES else "tunerkit"
+    assert project["entry-points"] == {group: {method: module}}
     for name in (f"{module}/py.typed", "README.md", "LICENSE", "tests"):
         assert (PLUGINS[method] / name).exists(), name
     assert (PLUGINS[method] / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
