@@ -4,12 +4,13 @@ import pytest
 import torch
 from quantised import FORMATS, Mlp, quantised
 
+import tunerkit
 from tunerkit.sites import make_site
-from tunerkit.testing.parity import Pair
+from tunerkit.testing.parity import Pair, peft_config, quiet, run
 from tunerkit_ia3 import IA3Config
 from tunerkit_lora import LoraConfig
 
-pytest.importorskip("peft", reason="comparing with PEFT needs it: pip install peft")
+peft = pytest.importorskip("peft", reason="comparing with PEFT needs it: pip install peft")
 
 CONFIGS = {
     "lora": LoraConfig(r=4, target_modules=["first", "second"]),
@@ -57,3 +58,25 @@ def test_merged_weight(form):
     layers = [model.base_model.model.first.base_layer for model in (pair.ours, pair.theirs)]
     ours, theirs = (make_site(layer).weight for layer in layers)
     assert (ours - theirs).norm() < 5e-3 * theirs.norm()
+
+
+@pytest.mark.filterwarnings("ignore::tunerkit.errors.QuantisationWarning")
+def test_what_peft_does_not_merge(form):
+    pair = Pair(quantised(Mlp(), form), CONFIGS["ia3"], {"x": torch.randn(4, 64)})
+    with pytest.raises(NotImplementedError):
+        pair.theirs.merge_adapter()
+    before = run(pair.ours, pair.inputs)
+    pair.ours.merge_adapter()
+    assert (run(pair.ours, pair.inputs) - before).norm() < 0.16 * before.norm()
+
+
+def test_dora_of_peft_on_eight_bits():
+    """Its forward reads the scales of the rows from where the layer has taken them away."""
+    x = torch.randn(4, 64)
+    with quiet():
+        theirs = peft.get_peft_model(quantised(Mlp(), "int8"), peft_config(CONFIGS["dora"]))
+    theirs(x)
+    with pytest.raises(AttributeError):
+        theirs(x)
+    ours = tunerkit.get_peft_model(quantised(Mlp(), "int8"), CONFIGS["dora"])
+    assert torch.equal(ours(x), ours(x))

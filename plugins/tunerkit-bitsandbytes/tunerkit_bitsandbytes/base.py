@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.absent import Absent
-from tunerkit.adapter import linear
 from tunerkit.sites import LinearSite, twin
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ class QuantisedSite(LinearSite):
 
     def dequantised(self) -> nn.Module:
         """Return an `nn.Linear` with the weight as it is read, and the layer's own bias."""
-        plain = linear(self.read_weight(self.parameter), trains=False)
-        plain.train(self.module.training)
-        plain._parameters[self.bias_name] = self.bias  # type: ignore[assignment]
-        return plain
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(self.read_weight(self.parameter), requires_grad=False)
+        plain.bias = self.bias  # type: ignore[assignment]
+        return plain.train(self.module.training)
