@@ -183,7 +183,8 @@ class AdaptedLayer(AdapterHolder):
         plain = self.site.dequantised()
         self._modules["base_layer"] = plain
         self.__dict__["_site"] = make_site(plain, self._site.name)
-        self.merge(adapter_names=names)
+        if names:
+            self.merge(adapter_names=names)
 
     def forget_base(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Give up the original parameters in whose place there are merged ones, so that nothing can be unmerged.

@@ -136,11 +136,14 @@ class QuantisationWarning(MergeWarning):
     """
 
     def __init__(self, errors: dict[str, float]) -> None:
+        super().__init__(errors)
         self.errors = errors
-        worst = max(errors, key=errors.__getitem__)
-        super().__init__(
-            f"Adapters were merged into {len(errors)} quantised layers, which rounds their weights: by up to "
-            f"{errors[worst]:.2%} of the norm of the exact weight ({worst!r}). "
+
+    def __str__(self) -> str:
+        worst = max(self.errors, key=self.errors.__getitem__)
+        return (
+            f"Adapters were merged into {len(self.errors)} quantised layers, which rounds their weights: by up to "
+            f"{self.errors[worst]:.2%} of the norm of the exact weight ({worst!r}). "
             "merge_and_unload(dequantize=True) is exact and leaves these layers unquantised."
         )
 

@@ -110,7 +110,7 @@ class Merged(NamedTuple):
     kept: bool = True
     rounding: float = 0.0
 
-    def put(self, site: Site, tensors: dict[str, Tensor | None], names: Sequence[str], rounding: float) -> Merged:
+    def put(self, site: Site, tensors: dict[str, Tensor | None], names: Sequence[str], rounding: float = 0.0) -> Merged:
         """Put folded parameters into the layer and return the record with the originals and more names on top.
 
         The layer gets new parameter objects, so another module that shares the original (a tied weight) is not changed.
@@ -120,8 +120,10 @@ class Merged(NamedTuple):
         for name, tensor in tensors.items():
             old = before[name]
             trains = old is not None and old.requires_grad
-            made = tensor is None or isinstance(tensor, nn.Parameter)
-            held[name] = tensor if made else nn.Parameter(tensor, requires_grad=trains)  # type: ignore[assignment,arg-type]
+            if isinstance(tensor, nn.Parameter) and type(tensor) is not nn.Parameter:  # ready-made by the site
+                held[name] = tensor
+                continue
+            held[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=trains)
         originals = {**before, **self.originals} if self.kept else {}
         return Merged((*self.names, *names), originals, self.kept, rounding)
 

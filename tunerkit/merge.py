@@ -223,8 +223,9 @@ def merge_for_good(
             if isinstance(layer, AdaptedLayer):
                 if dequantize:
                     layer.dequantize()
-                layer.merge(adapter_names=list(names))
-                errors[layer.site.name] = layer.rounding
+                if layer.site.quantised:  # asked before the layer forgets what was merged
+                    layer.merge(adapter_names=list(names))
+                    errors[layer.site.name] = layer.rounding
                 trainable += finish(layer)
     _untie(model, trainable)
     _report_rounding(errors)

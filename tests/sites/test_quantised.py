@@ -1,6 +1,7 @@
 """Layers whose weight is stored with few digits: what the core does with them, shown on a toy."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -119,6 +120,11 @@ class TestMerging:
                 merge(adapted())
             assert [sorted(warning.message.errors) for warning in caught] == [["0", "2"]]
             assert caught[0].filename == __file__
+
+    def test_warning_can_be_pickled(self):
+        warning = pickle.loads(pickle.dumps(QuantisationWarning({"fc": 0.25})))  # noqa: S301 - our own bytes
+        assert warning.errors == {"fc": 0.25}
+        assert "by up to 25.00% of the norm of the exact weight ('fc')" in str(warning)
 
     def test_says_nothing_where_nothing_is_rounded(self):
         model = adapted(LoraConfig(r=2, target_modules=["3"]))
