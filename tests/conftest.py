@@ -86,6 +86,7 @@ def environment(tmp_path, monkeypatch):
     for name in ("registered", "loaded", "failures"):
         monkeypatch.setattr(loader, name, {})
     monkeypatch.setattr(loader, "extensions", [])
+    monkeypatch.setattr(loader, "sites", [])
     monkeypatch.setattr(loader, "_extensions_loaded", False)
     monkeypatch.setattr(loader, "_failed_modules", set())
     monkeypatch.setattr(loader, "_default_hooks", DefaultHooks)

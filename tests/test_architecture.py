@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from wheels import LIBRARIES
 
 from tunerkit import errors
 
@@ -168,7 +169,8 @@ def test_plugin_is_named_after_its_method(method):
     project = tomllib.loads((PLUGINS[method] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module = f"tunerkit_{method.replace('-', '_')}"
     assert project["name"] == f"tunerkit-{method}"
-    assert project["entry-points"] == {"tunerkit": {method: module}}
+    group = "tunerkit.sites" if method in LIBRARIES else "tunerkit"
+    assert project["entry-points"] == {group: {method: module}}
     for name in (f"{module}/py.typed", "README.md", "LICENSE", "tests"):
         assert (PLUGINS[method] / name).exists(), name
     assert (PLUGINS[method] / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()

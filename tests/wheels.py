@@ -6,6 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECTS = {"tunerkit": ROOT} | {path.name: path for path in sorted((ROOT / "plugins").iterdir()) if path.is_dir()}
+LIBRARIES = {"bitsandbytes"}
+"""What a package is named after that is no method: it says what the layers of a library are."""
 TUTORIALS = {"write-a-method": "ssf", "share-tensors": "direction"}
 """The pages of the documentation that build a package, with its method."""
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"

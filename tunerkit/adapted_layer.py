@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tunerkit.adapter import AdditiveAdapter
 from tunerkit.adapter_holder import AdapterHolder
 from tunerkit.errors import AdapterStateError, MergeError, RouteError
-from tunerkit.folding import Merged, delta_weight, fold, merge_order, stacked
+from tunerkit.folding import Merged, delta_weight, fold, merge_order, rounding, stacked
 from tunerkit.layer import own_call, split_input
 from tunerkit.modules import set_modes
 from tunerkit.names import PerAdapter, per_adapter, withdraw
@@ -15,7 +15,7 @@ from tunerkit.naming import listing
 from tunerkit.route import BACKWARD, CALL, check_held, current, stack_of
 from tunerkit.row_groups import run_layer
 from tunerkit.rows import Rows
-from tunerkit.sites import SHOWN, Bound, ParameterSite, Site
+from tunerkit.sites import SHOWN, Bound, ParameterSite, Site, make_site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -122,6 +122,11 @@ class AdaptedLayer(AdapterHolder):
         return {} if self._merged is None else dict(self._merged.originals)
 
     @property
+    def rounding(self) -> float:
+        """How far a quantised weight into which adapters are merged is from the exact one, relative to its norm."""
+        return 0.0 if self._merged is None else self._merged.rounding
+
+    @property
     def keeps_base(self) -> bool:
         """Whether the base layer's own parameters are here, in place or beside the merged ones."""
         return self._merged is None or self._merged.kept
@@ -146,8 +151,12 @@ class AdaptedLayer(AdapterHolder):
             return
         site, merged = self.site, self._merged
         bare = site if merged is None else merged.bare(site)
-        tensors = fold(site, bare, [self._adapters[name] for name in names], safe=safe_merge)
-        self.__dict__["_merged"] = (merged or Merged((), {})).put(site, tensors, names)
+        start, adapters = site, [self._adapters[name] for name in names]
+        if site.quantised and merged is not None and merged.kept:  # what is rounded already is not rounded again
+            start, adapters = bare, [*(self._adapters[name] for name in merged.names), *adapters]
+        tensors = fold(start, bare, adapters, safe=safe_merge)
+        error = rounding(start, bare, adapters, tensors) if site.quantised else 0.0
+        self.__dict__["_merged"] = (merged or Merged((), {})).put(site, tensors, names, error)
         self._settle()
 
     def unmerge(self) -> None:
@@ -161,6 +170,22 @@ class AdaptedLayer(AdapterHolder):
             self.__dict__["_merged"] = None
             self._settle()
 
+    def dequantize(self) -> None:
+        """Put a layer whose weight is not quantised in the base layer's place; what is merged is merged exactly.
+
+        What was merged and the original parameters were not kept stays as it is.
+        """
+        if not self.site.quantised:
+            return
+        names = list(self.merged_adapters) if self.keeps_base else []
+        if names:
+            self.unmerge()
+        plain = self.site.dequantised()
+        self._modules["base_layer"] = plain
+        self.__dict__["_site"] = make_site(plain, self._site.name)
+        if names:
+            self.merge(adapter_names=names)
+
     def forget_base(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Give up the original parameters in whose place there are merged ones, so that nothing can be unmerged.
 
@@ -170,7 +195,7 @@ class AdaptedLayer(AdapterHolder):
         if self._merged is None:
             return []
         originals, heirs = self._merged.originals, self.site.owner._parameters
-        self.__dict__["_merged"] = Merged(self._merged.names, {}, kept=False)
+        self.__dict__["_merged"] = self._merged._replace(originals={}, kept=False)
         pairs = ((old, heirs[name]) for name, old in originals.items())
         return [(old, heir) for old, heir in pairs if old is not None and heir is not None]
 

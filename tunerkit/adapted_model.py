@@ -303,23 +303,32 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             return self._take_apart(keep=False)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        dequantize: bool = False,
     ) -> nn.Module:
         """Fold adapters into the base model for good and return it, without any adapter layers.
 
-        Nothing of the original parameters is kept, so this needs no memory beyond one layer's.
+        Nothing of the original parameters is kept, so this needs no memory beyond one layer's. A quantised layer is
+        quantised again, which rounds its weight; with `dequantize` a layer that is not quantised takes its place.
 
         Args:
             progressbar: Show progress.
             safe_merge: Refuse, with nothing changed, if a result holds NaN or infinities.
             adapter_names: Which; the active ones if not given.
+            dequantize: Replace the quantised layers that have adapters, so that nothing is rounded and warned of.
 
         Raises:
             UnknownAdapterError: There is no such adapter.
             MergeError: An adapter cannot be merged; nothing was changed.
         """
         names = self._to_merge(adapter_names, for_good=True)
-        merge.merge_for_good(self.model, names, self._were_trainable, safe=safe_merge, progressbar=progressbar)
+        merge.merge_for_good(
+            self.model, names, self._were_trainable, safe=safe_merge, show=progressbar, dequantize=dequantize
+        )
         return self._take_apart(keep=True)
 
     def _to_merge(self, adapter_names: object, *, for_good: bool) -> list[str]:

@@ -28,7 +28,7 @@ class Candidate:
     """One copy of a package that offers a plugin.
 
     Attributes:
-        kind: Whether the plugin is a method or an extension.
+        kind: Whether the plugin is a method, an extension, or sites for a library's layers.
         name: The name in the package's entry points.
         package: The package.
         version: Its version.
@@ -118,8 +118,9 @@ def _unusable(rows: Iterable[PluginInfo]) -> Iterator[str]:
     for row in rows:
         if row.status not in {"broken", "conflict"}:
             continue
-        if row.kind == "extension":
-            yield f"The extension {row.method!r} is left out: {row.reason} Mend, reinstall or remove {row.package}."
+        if row.kind != "method":
+            what = f"The extension {row.method!r}" if row.kind == "extension" else f"What is said of {row.method!r}"
+            yield f"{what} is left out: {row.reason} Mend, reinstall or remove {row.package}."
             continue
         try:
             get_method(row.method)

@@ -127,6 +127,27 @@ class MergeWarning(TunerkitWarning):
     """Merging or unmerging did something beyond what was literally asked."""
 
 
+class QuantisationWarning(MergeWarning):
+    """Adapters were merged into quantised weights, which rounded the result.
+
+    Attributes:
+        errors: How far each weight is from the exact one, by the path of its layer: the norm of the difference, divided
+            by that of the exact weight.
+    """
+
+    def __init__(self, errors: dict[str, float]) -> None:
+        super().__init__(errors)
+        self.errors = errors
+
+    def __str__(self) -> str:
+        worst = max(self.errors, key=self.errors.__getitem__)
+        return (
+            f"Adapters were merged into {len(self.errors)} quantised layers, which rounds their weights: by up to "
+            f"{self.errors[worst]:.2%} of the norm of the exact weight ({worst!r}). "
+            "merge_and_unload(dequantize=True) is exact and leaves these layers unquantised."
+        )
+
+
 class AdapterWarning(TunerkitWarning):
     """Adding, deleting or switching adapters did something beyond what was literally asked."""
 

@@ -102,13 +102,15 @@ class Merged(NamedTuple):
         names: The adapters, in order.
         originals: The parameters by name, if they were kept.
         kept: Whether they were.
+        rounding: How far a quantised weight is from the exact one; see the function.
     """
 
     names: tuple[str, ...]
     originals: dict[str, nn.Parameter | None]
     kept: bool = True
+    rounding: float = 0.0
 
-    def put(self, site: Site, tensors: dict[str, Tensor | None], names: Sequence[str]) -> Merged:
+    def put(self, site: Site, tensors: dict[str, Tensor | None], names: Sequence[str], rounding: float = 0.0) -> Merged:
         """Put folded parameters into the layer and return the record with the originals and more names on top.
 
         The layer gets new parameter objects, so another module that shares the original (a tied weight) is not changed.
@@ -118,8 +120,12 @@ class Merged(NamedTuple):
         for name, tensor in tensors.items():
             old = before[name]
             trains = old is not None and old.requires_grad
+            if isinstance(tensor, nn.Parameter) and type(tensor) is not nn.Parameter:  # ready-made by the site
+                held[name] = tensor
+                continue
             held[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=trains)
-        return Merged((*self.names, *names), {**before, **self.originals} if self.kept else {}, self.kept)
+        originals = {**before, **self.originals} if self.kept else {}
+        return Merged((*self.names, *names), originals, self.kept, rounding)
 
     def take_out(self, site: Site) -> None:
         """Put the original parameters back, on the device on which the layer is now.
@@ -158,8 +164,10 @@ class Merged(NamedTuple):
         """Move or convert the originals along with the layer, keeping the parameter objects where torch can."""
         for name, original in self.originals.items():
             if original is not None:
-                data = fn(original.data)
-                if torch._has_compatible_shallow_copy_type(original.data, data):
+                data = fn(original.data if type(original) is nn.Parameter else original)
+                if isinstance(data, nn.Parameter):  # of a class of its own, which brings what belongs to its numbers
+                    self.originals[name] = data
+                elif torch._has_compatible_shallow_copy_type(original.data, data):
                     original.data = data
                 else:  # to or from the meta device
                     self.originals[name] = nn.Parameter(data, requires_grad=original.requires_grad)
@@ -233,21 +241,44 @@ def fold(site: Site, bare: Site, adapters: Sequence[Adapter], *, safe: bool) -> 
     changes = changes_of(site, bare, adapters)
     tensors: dict[str, Tensor | None]
     tensors = _folded(site, bare, adapters) if changes is None else {site.weight_name: sum_of(site.stored, changes)}
-    for name, tensor in tensors.items() if safe else ():
+    shown = {**tensors, site.weight_name: site.with_parameters(tensors).weight} if safe and site.quantised else tensors
+    for name, tensor in shown.items() if safe else ():
         if tensor is not None and not torch.isfinite(tensor).all():
             msg = f"Merging into {site.name!r} would put NaN or infinities into its {name}; nothing was changed there."
             raise MergeError(msg)
     return tensors
 
 
-def _folded(site: Site, bare: Site, adapters: Sequence[Adapter]) -> dict[str, Tensor | None]:
-    weight, bias, held = site.weight, site.bias, site.owner._parameters
+def rounding(site: Site, bare: Site, adapters: Sequence[Adapter], tensors: dict[str, Tensor | None]) -> float:
+    """Return how far a folded weight is, as the layer stores it, from the exact one, relative to the norm of that.
+
+    Args:
+        site: The layer before.
+        bare: The layer without what was merged already.
+        adapters: From the lowest to the topmost.
+        tensors: What `fold` made of them.
+    """
+    with torch.no_grad():
+        exact = stacked(adapters, _wide(site, bare)).weight
+        difference = site.with_parameters(tensors).weight.to(exact.dtype) - exact
+        return float(difference.norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
+
+
+def _wide(site: Site, bare: Site) -> _Given:
+    """Return a layer's parameters in the precision in which adapters are folded into them."""
+    weight, bias = site.weight, site.bias
     if weight.dtype in HALF:
         weight, bias = weight.float(), None if bias is None else bias.float()
-    below = stacked(adapters, _Given(bare, weight, bias))
+    return _Given(bare, weight, bias)
+
+
+def _folded(site: Site, bare: Site, adapters: Sequence[Adapter]) -> dict[str, Tensor | None]:
+    given, held = _wide(site, bare), site.owner._parameters
+    below = stacked(adapters, given)
     tensors = site.to_stored(below.weight, below.bias)
     # What the adapters leave as it is stays the object it was: an optimiser or another module may hold it.
-    for name, unchanged in ((site.weight_name, below.weight is weight), (site.bias_name, below.bias is bias)):
+    same = (site.weight_name, below.weight is given.weight), (site.bias_name, below.bias is given.bias)
+    for name, unchanged in same:
         if unchanged:
             tensors.pop(name, None)
     for name, tensor in tensors.items():
@@ -268,7 +299,7 @@ def changes_of(site: Site, bare: Site, adapters: Sequence[Adapter]) -> list[Chan
         adapters: From the lowest to the topmost.
     """
     ways = [_way_of_adding(type(adapter)) for adapter in adapters]  # type: ignore[arg-type]
-    if not ways or None in ways:
+    if not ways or None in ways or site.quantised:
         return None
     weight, stored = site.weight, site.stored
     if weight is not stored and weight.data_ptr() != stored.data_ptr():  # it is computed from what is stored
@@ -321,8 +352,7 @@ def delta_weight(bare: Site, adapters: Mapping[str, Adapter], name: str) -> Tens
         bare = bare.with_parameters({bare.weight_name: bare.stored.float()})
     weight = bare.weight
     delta = adapter.delta(bare) if isinstance(adapter, AdditiveAdapter) else adapter.merged(bare)[0] - weight
-    stored = bare.to_stored(delta.reshape(weight.shape), None)[bare.weight_name]
-    return cast("Tensor", stored)
+    return bare.as_stored(delta.reshape(weight.shape)).to(weight.dtype)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

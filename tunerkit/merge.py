@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.errors import ArgumentError, MergeError, MergeWarning
+from tunerkit.errors import ArgumentError, MergeError, MergeWarning, QuantisationWarning
 from tunerkit.folding import fold, merge_order, move
 from tunerkit.journal import Journal
 from tunerkit.layer import BaseTunerLayer, is_layer, layers_in
@@ -61,17 +61,20 @@ def merge_layers(
                 if isinstance(layer, AdaptedLayer):
                     layer.merge(safe_merge=safe, adapter_names=list(names))
                     trainable += [heir for old, heir in layer.forget_base() if id(old) in trained]
+        _report_rounding(_roundings(layers))
         return
     shared = _shared_parameters(model) if keep_base == "cpu" else set()
     with torch.no_grad(), Journal() as journal:
         for layer in layers:
             note_parameters(journal, layer)
             layer.merge(safe_merge=safe, adapter_names=list(names))
-            if keep_base == "cpu" and isinstance(layer, AdaptedLayer):
+            # A quantised weight is small, and is more than the one tensor that would be moved.
+            if keep_base == "cpu" and isinstance(layer, AdaptedLayer) and not layer.site.quantised:
                 for original in layer.originals.values():
                     if original is not None and id(original) not in shared:
                         journal.note(move, original, original.device)
                         move(original, torch.device("cpu"))
+        _report_rounding(_roundings(layers))
 
 
 def check_keep(keep_base: str, biases: Biases) -> None:
@@ -169,7 +172,13 @@ def _take_back(layer: AdaptedLayer, activity: tuple[Any, ...], held: dict[str, A
 
 
 def merge_for_good(
-    model: nn.Module, names: Sequence[str], trainable: list[nn.Parameter], *, safe: bool, progressbar: bool
+    model: nn.Module,
+    names: Sequence[str],
+    trainable: list[nn.Parameter],
+    *,
+    safe: bool,
+    show: bool,
+    dequantize: bool,
 ) -> None:
     """Merge adapters into all layers without keeping the original parameters.
 
@@ -183,7 +192,8 @@ def merge_for_good(
         trainable: The base model's parameters that are to train when the adapters are gone; the new ones are added, and
             those that nothing uses any more are left out.
         safe: Refuse NaN and infinities.
-        progressbar: Show progress.
+        show: Show progress.
+        dequantize: Put layers that are not quantised in place of those that are, so that nothing is rounded.
 
     Raises:
         MergeError: An adapter cannot be merged; nothing was changed.
@@ -191,7 +201,7 @@ def merge_for_good(
     layers = layers_in(model)
     _check(model, layers, names)
     _check_foldable(layers, names, safe=safe)
-    progress = _progress("merging", len(layers), show=progressbar)
+    progress = _progress("merging", len(layers), show=show)
     with torch.no_grad(), progress as advance, _held_weakly(trainable) as trained:
 
         def finish(layer: BaseTunerLayer) -> list[nn.Parameter]:
@@ -208,10 +218,17 @@ def merge_for_good(
                     journal.note_flags(layer.parameters())  # type: ignore[attr-defined]
                     heirs += finish(layer)
         trainable += heirs
+        errors: dict[str, float] = {}
         for layer in layers:
             if isinstance(layer, AdaptedLayer):
+                if dequantize:
+                    layer.dequantize()
+                if layer.site.quantised:  # asked before the layer forgets what was merged
+                    layer.merge(adapter_names=list(names))
+                    errors[layer.site.name] = layer.rounding
                 trainable += finish(layer)
     _untie(model, trainable)
+    _report_rounding(errors)
 
 
 @contextlib.contextmanager
@@ -299,6 +316,16 @@ def _check_in_place(model: nn.Module, layers: Sequence[BaseTunerLayer], names: S
                 "others. Keep the adapter as it is, or give the module a parameter of its own first."
             )
             raise MergeError(msg)
+
+
+def _roundings(layers: Sequence[BaseTunerLayer]) -> dict[str, float]:
+    return {layer.site.name: layer.rounding for layer in layers if isinstance(layer, AdaptedLayer)}
+
+
+def _report_rounding(roundings: dict[str, float]) -> None:
+    errors = {name: error for name, error in roundings.items() if error}
+    if errors:
+        warnings.warn(QuantisationWarning(errors), stacklevel=4)
 
 
 def _untie(model: nn.Module, trainable: list[nn.Parameter]) -> None:

@@ -40,7 +40,8 @@ class TestPage:
         assert written(ROWS) == PAGE_TEXT
 
     def test_has_messages_of_all_packages(self):
-        assert {row.module.partition(".")[0] for row in ROWS} == {path.name for path in messages.PACKAGES}
+        silent = {"tunerkit_bitsandbytes"}  # it tells the core why a layer is not adapted, and that says so
+        assert {row.module.partition(".")[0] for row in ROWS} == {path.name for path in messages.PACKAGES} - silent
         assert len(ROWS) > 300
 
 

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from wheels import PROJECTS, ROOT, SCRIPTS, run
+from wheels import LIBRARIES, PROJECTS, ROOT, SCRIPTS, run
 
 
 def test_every_project_is_built(wheels):
@@ -38,7 +38,8 @@ def test_plugin_asks_for_a_range_of_the_core_and_announces_its_method(name, whee
         entry_points = wheel.read(f"{info}/entry_points.txt").decode()
     assert "Requires-Dist: tunerkit<0.2,>=0.1" in metadata.splitlines()
     assert "Requires-Python: >=3.10" in metadata.splitlines()
-    assert entry_points.split("\n")[:2] == ["[tunerkit]", f"{method} = {name.replace('-', '_')}"]
+    group = "tunerkit.sites" if method in LIBRARIES else "tunerkit"
+    assert entry_points.split("\n")[:2] == [f"[{group}]", f"{method} = {name.replace('-', '_')}"]
 
 
 def test_attach_train_save_load_and_merge(fresh, tmp_path):
@@ -50,7 +51,10 @@ def test_attach_train_save_load_and_merge(fresh, tmp_path):
 
 def test_installed_methods_are_listed(fresh, tmp_path):
     rows = json.loads(run(fresh / SCRIPTS / "tunerkit", "plugins", "--json", cwd=tmp_path))
-    assert {row["method"]: row["package"] for row in rows} == {"ia3": "tunerkit-ia3", "lora": "tunerkit-lora"}
+    packages = {name for name in PROJECTS if name != "tunerkit"}
+    assert {row["package"] for row in rows} == packages
+    assert all(row["package"] == f"tunerkit-{row['method']}" for row in rows)
+    assert {row["method"] for row in rows if row["kind"] == "sites"} == LIBRARIES
     assert {(row["version"], row["status"]) for row in rows} == {("0.1.0", "not loaded")}
     table = run(fresh / SCRIPTS / "tunerkit", "plugins", "--check", cwd=tmp_path)
     assert "tunerkit-ia3" in table

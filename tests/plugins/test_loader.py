@@ -135,7 +135,7 @@ class TestFinding:
         assert [info.method for info in plugins.installed()] == ["foo"]
 
     def test_other_entry_points_are_not_looked_at(self, environment):
-        environment.describe("acme", entries="[console_scripts]\ntunerkit = acme:main\n[tunerkit.sites]\nacme = acme\n")
+        environment.describe("acme", entries="[console_scripts]\ntunerkit = acme:main\n[tunerkit.other]\nacme = acme\n")
         assert plugins.installed() == []
 
 

@@ -126,6 +126,22 @@ def check_hooks(plugin: object, *, only_wrappers: bool = False) -> None:
         raise PluginError(msg) from error
 
 
+def check_wrappers(plugin: object) -> None:
+    """Refuse an extension whose hooks would answer in place of the methods'; see `check_hooks`."""
+    check_hooks(plugin, only_wrappers=True)
+
+
+def check_sites(plugin: object) -> None:
+    """Refuse a module that does not say what the layers of a library are."""
+    found = getattr(plugin, "sites", None)
+    if not isinstance(found, dict) or not all(inspect.isclass(site) for site in found.values()):
+        msg = (
+            "its attribute `sites` must be a dict from types of layers, or their full names, to classes of "
+            f"tunerkit.sites.Site; it is {found!r}."
+        )
+        raise PluginError(msg)
+
+
 @functools.cache
 def hook_arguments() -> dict[str, list[str]]:
     """Return the hooks and the names of their arguments."""

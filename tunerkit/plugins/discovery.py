@@ -14,9 +14,9 @@ from tunerkit.plugins.allowlist import AllowList
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-Kind = Literal["method", "extension"]
+Kind = Literal["method", "extension", "sites"]
 
-_GROUPS: dict[str, Kind] = {"tunerkit": "method", "tunerkit.extensions": "extension"}
+_GROUPS: dict[str, Kind] = {"tunerkit": "method", "tunerkit.extensions": "extension", "tunerkit.sites": "sites"}
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Offer:
     """One plugin that somebody offers: a package by an entry point, or the program itself.
 
     Attributes:
-        kind: Whether it is a method or an extension (hook wrappers for all methods).
-        name: The name it is offered under; of a method, its id.
+        kind: Whether it is a method, an extension (hook wrappers for all methods) or sites (what the layers of another
+            library are).
+        name: The name it is offered under; of a method, its id; of sites, the name by which the library is imported.
         package: The package and its version and folder; None if the program registered the plugin.
         version: See `package`.
         path: See `package`.

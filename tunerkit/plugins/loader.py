@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 from tunerkit.errors import PluginError, PluginWarning, UnknownMethodError
 from tunerkit.naming import listing, method_id
 from tunerkit.plugins import discovery
-from tunerkit.plugins.checks import answered_hooks, check_hooks, check_method, hook_arguments, new_manager
+from tunerkit.plugins.checks import (
+    answered_hooks,
+    check_hooks,
+    check_method,
+    check_sites,
+    check_wrappers,
+    hook_arguments,
+    new_manager,
+)
 from tunerkit.plugins.choice import choose, conflict, is_same, known
 from tunerkit.plugins.discovery import Offer
 
@@ -92,7 +100,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Extension:
-    """An extension that was loaded or could not be.
+    """An extension, or sites for a library, that were loaded or could not be.
 
     Attributes:
         offer: Who offers it.
@@ -110,6 +118,7 @@ registered: dict[str, Offer] = {}
 loaded: dict[str, LoadedMethod] = {}
 failures: dict[str, Failure] = {}
 extensions: list[Extension] = []
+sites: list[Extension] = []
 
 _extensions_loaded = False
 _failed_modules: set[str] = set()
@@ -203,6 +212,7 @@ def refresh() -> None:
             del sys.modules[name]
         _failed_modules.clear()
         failures.clear()
+        sites[:] = [taught for taught in sites if taught.failure is None]
         _extensions_loaded = False
         discovery.scan()
 
@@ -284,7 +294,7 @@ def load_extensions() -> None:
         extensions.clear()
         try:
             offers = discovery.last_scan().allowed("extension")
-            extensions.extend(kept.get(offer) or _load_extension(offer) for offer in offers)
+            extensions.extend(kept.get(offer) or _load_extension(offer, check_wrappers) for offer in offers)
         except KeyboardInterrupt:
             _extensions_loaded = False
             raise
@@ -297,10 +307,36 @@ def load_extensions() -> None:
                 warnings.warn(msg, PluginWarning, stacklevel=4)
 
 
-def _load_extension(offer: Offer) -> Extension:
+def load_sites(library: str) -> list[Extension]:
+    """Return the packages that say what the layers of a library are, each with an attribute `sites`.
+
+    They are imported when the first of these layers is met.
+
+    Args:
+        library: The name by which the library is imported.
+
+    Warns:
+        PluginWarning: A package cannot be used; the others are.
+    """
+    with _lock:
+        for offer in discovery.last_scan().allowed("sites"):
+            if offer.name != library or any(taught.offer == offer for taught in sites):
+                continue
+            taught = _load_extension(offer, check_sites)
+            sites.append(taught)
+            if taught.failure is not None:
+                msg = (
+                    f"What {offer.source} says of the layers of {library!r} is left out: {taught.failure.reason} Mend, "
+                    "reinstall or remove the package."
+                )
+                warnings.warn(msg, PluginWarning, stacklevel=4)
+        return [taught for taught in sites if taught.offer.name == library and taught.failure is None]
+
+
+def _load_extension(offer: Offer, check: Callable[[object], None]) -> Extension:
     try:
         plugin = _import(offer)
-        check_hooks(plugin, only_wrappers=True)
+        check(plugin)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever a plugin does costs only itself

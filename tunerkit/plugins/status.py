@@ -21,8 +21,9 @@ class PluginInfo:
     """A plugin that is installed or registered.
 
     Attributes:
-        method: The method's id, or the name of the extension.
-        kind: `"method"`, or `"extension"` for hook wrappers that take part in all methods.
+        method: The method's id, or the name of the extension, or of the library whose layers are taught.
+        kind: `"method"`, `"extension"` for hook wrappers that take part in all methods, or `"sites"` for what says what
+            the layers of another library are.
         package: The package that offers it; None if the program registered it.
         version: The version of that package.
         path: The folder that the package is in.
@@ -44,8 +45,8 @@ def installed() -> list[PluginInfo]:
     scan = discovery.scan()
     offers = [offer for offer in (*scan.offers, *loader.registered.values()) if not _is_doubled(offer, scan)]
     rows = []
-    for offer in sorted(offers, key=lambda offer: (offer.kind == "extension", offer.name, offer.source)):
-        status, reason = _extension_status(offer, scan) if offer.kind == "extension" else _method_status(offer, scan)
+    for offer in sorted(offers, key=lambda offer: (offer.kind != "method", offer.name, offer.source)):
+        status, reason = _method_status(offer, scan) if offer.kind == "method" else _extension_status(offer, scan)
         rows.append(PluginInfo(offer.name, offer.kind, offer.package, offer.version, offer.path, status, reason))
     return rows
 
@@ -56,6 +57,8 @@ def load_all() -> list[PluginInfo]:
     for method in loader.method_ids():
         with contextlib.suppress(TunerkitError):  # The reason is in the status.
             loader.get_method(method)
+    for library in {offer.name for offer in discovery.last_scan().allowed("sites")}:
+        loader.load_sites(library)
     return installed()
 
 
@@ -84,7 +87,7 @@ def _method_status(offer: Offer, scan: Scan) -> tuple[Status, str]:
 def _extension_status(offer: Offer, scan: Scan) -> tuple[Status, str]:
     if not scan.allow_list.allows(offer.name):
         return "not allowed", not_allowed(offer, scan)
-    for extension in loader.extensions:
+    for extension in (*loader.extensions, *loader.sites):
         if extension.offer == offer:
             failure = extension.failure
             return ("loaded", "") if failure is None else ("broken", failure.reason)

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from tunerkit.errors import PluginError
+from tunerkit.plugins.discovery import last_scan
+from tunerkit.plugins.loader import load_sites
 from tunerkit.sites.attention import SHOWN, AttentionSite, OutputProjectionSite
 from tunerkit.sites.base import Below, Bound, Site, is_making_on_meta, make_on_meta, twin
 from tunerkit.sites.convolution import Convolution1dSite, Convolution2dSite, Convolution3dSite, ConvolutionSite
@@ -15,6 +18,8 @@ from tunerkit.sites.parameter import ParameterSite
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+
+    from tunerkit.plugins.discovery import Scan
 
 __all__ = [
     "SHOWN",
@@ -51,8 +56,12 @@ _SITES: dict[type[nn.Module] | str, type[Site]] = {
     nn.MultiheadAttention: AttentionSite,
     nn.modules.linear.NonDynamicallyQuantizableLinear: OutputProjectionSite,
 }
+_TAUGHT: dict[type[nn.Module] | str, dict[str, type[Site]]] = {}
+"""What packages say of the layers of a library, by who says it; what is in `_SITES` comes first."""
 _FOUND: dict[type[nn.Module], type[Site] | None] = {}
 """What was found for types of layers so far: a plan asks for each module."""
+_found_in: Scan | None = None
+"""What was installed then."""
 
 _WORDS = {
     "linear": "linear layers",
@@ -83,11 +92,40 @@ def register_site(layer: type[nn.Module] | str, site: type[Site]) -> None:
 
 
 def site_class(layer: type[nn.Module]) -> type[Site] | None:
-    """Return the class of site for a type of layer, or None if none is known."""
+    """Return the class of site for a type of layer, or None if none is known.
+
+    Packages that say what the layers of a library are (entry points of the group `tunerkit.sites`, named like the
+    library) are imported when the first of these layers is met.
+
+    Raises:
+        PluginError: Two packages say what the type is.
+    """
+    global _found_in  # noqa: PLW0603 - one environment per process
+    scan = last_scan()
+    if scan is not _found_in:  # packages may have come
+        _FOUND.clear()
+        _found_in = scan
     if layer not in _FOUND:
-        names = (name for kind in layer.__mro__ for name in (kind, f"{kind.__module__}.{kind.__qualname__}"))
-        _FOUND[layer] = next((_SITES[name] for name in names if name in _SITES), None)
+        _FOUND[layer] = _look_up(layer)
     return _FOUND[layer]
+
+
+def _look_up(layer: type[nn.Module]) -> type[Site] | None:
+    for library in {kind.__module__.partition(".")[0] for kind in layer.__mro__}:
+        for package in load_sites(library):
+            for kind, site in package.plugin.sites.items():  # type: ignore[attr-defined]
+                _TAUGHT.setdefault(kind, {})[package.offer.source] = site
+    for kind in layer.__mro__:
+        for name in (kind, f"{kind.__module__}.{kind.__qualname__}"):
+            if name in _SITES:
+                return _SITES[name]
+            taught = _TAUGHT.get(name, {})
+            if len(taught) > 1:
+                msg = f"{' and '.join(sorted(taught))} both say what a {layer.__name__} is. Uninstall one of them."
+                raise PluginError(msg)
+            if taught:
+                return next(iter(taught.values()))
+    return None
 
 
 def make_site(module: nn.Module, name: str = "", parameter_name: str | None = None) -> Site | None:

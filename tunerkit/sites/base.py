@@ -113,6 +113,8 @@ class Site:
         crosses_rows: Why rows of one batch cannot have adapters of their own at such a layer, or None if they can.
         along: The names of children that are adapted along with the module.
         transposed: Whether the layer stores its weight in x out.
+        quantised: Whether the layer stores its weight with far fewer digits than it computes with, so that merging
+            rounds it; how far is then reported.
         module: The layer itself.
         name: Its path in the model.
     """
@@ -121,6 +123,7 @@ class Site:
     crosses_rows: ClassVar[str | None] = None
     along: ClassVar[tuple[str, ...]] = ()
     transposed: ClassVar[bool] = False
+    quantised: ClassVar[bool] = False
     __slots__ = ("module", "name")
 
     def __init__(self, module: nn.Module, name: str = "") -> None:
@@ -251,7 +254,10 @@ class Site:
         return weight.reshape(self.stored.shape)
 
     def to_stored(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
-        """Return parameters in the form and dtype in which the layer stores them, by name."""
+        """Return parameters in the form and dtype in which the layer stores them, by name.
+
+        A layer whose parameters are of a class of their own gets them ready-made.
+        """
         stored = self.stored
         tensors: dict[str, Tensor | None] = {self.weight_name: self.as_stored(weight).to(stored.dtype)}
         if bias is not None or self.bias is not None:
@@ -277,6 +283,10 @@ class Site:
     def with_parameters(self, tensors: Mapping[str, Tensor | None]) -> Site:
         """Return this site with other parameters, for one call; the layer itself is not touched."""
         return self.at(twin(self.module, **tensors))
+
+    def dequantised(self) -> nn.Module:
+        """Return a layer that computes the same with a weight that can be changed without rounding it: itself."""
+        return self.module
 
     def empty(self, *shape: int) -> Tensor:
         """Return a new tensor for an adapter at this site: on its device, of its dtype, not initialised."""
