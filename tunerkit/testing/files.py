@@ -112,3 +112,4 @@ class FileChecks:
         assert config == before
         assert model.peft_config["one"] is not config
         assert model.peft_config["two"] is not config
+        assert model.peft_config["one"] is not model.peft_config["two"]
