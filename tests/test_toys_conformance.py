@@ -11,6 +11,7 @@ from toys import (
     rotation,
     rows,
     shared,
+    sound,
     tuner_by_hand,
 )
 
@@ -41,6 +42,10 @@ class Toy(MethodConformance):
 
 class TestRotation(Toy):
     toy = rotation
+
+
+class TestSound(Toy):
+    toy = sound
 
 
 class TestShared(Toy):
