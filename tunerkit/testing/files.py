@@ -38,7 +38,10 @@ class FileChecks:
     def test_checkpoint_holds_the_declared_entries(self, bench: Bench) -> None:
         """A checkpoint's keys are the adapted layers' paths with the names in `entries`, and every tensor is there.
 
-        To mend: name in `entries` every attribute of the adapter (and of its `Part`) that holds tensors, as PEFT does.
+        What a `Part` says that it exposes is there too.
+
+        To mend: name in `entries` every attribute of the adapter (and of its `Part`) that holds tensors, as PEFT does,
+        and in `exposes` only methods that the `Part` has.
         """
         model = bench.adapted()
         model.save_pretrained(bench.folder)
@@ -57,6 +60,8 @@ class FileChecks:
             assert {part for key in saved for part in key.split(".") if part in entries} == entries
             assert [key for key in saved if entries.isdisjoint(key.split("."))] == []
         assert all(tensor.numel() for tensor in saved.values())
+        exposed = method.part.exposes if method.part else ()
+        assert [name for name in exposed if not callable(getattr(model, name, None))] == []
 
     def test_load_beside_another(self, bench: Bench) -> None:
         """A checkpoint loaded beside another adapter changes nothing until it is active, and then gives its output.

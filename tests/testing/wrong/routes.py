@@ -105,3 +105,10 @@ class CountsOnTheLayer(SoundAdapter):
         module = below.base.module
         module.calls = getattr(module, "calls", 0) + 1
         return super().forward(x, below)
+
+
+@caught_by("test_checkpoint_holds_the_declared_entries")
+class ExposesNothing(Projections):
+    """It exposes a method that it does not have."""
+
+    exposes = ("count_all_sites",)

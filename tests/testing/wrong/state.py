@@ -267,3 +267,12 @@ class CountsItsCalls(SoundAdapter):
         if self.training:
             self.calls += 1
         return super().addition(x) * self.calls if self.calls > 1 else super().addition(x)
+
+
+@caught_by("test_checkpoint_holds_the_declared_entries")
+class HoldsTheLayer(SoundAdapter):
+    """It holds the layer as a module of its own."""
+
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.layer = site.module
