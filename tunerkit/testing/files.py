@@ -113,8 +113,8 @@ class FileChecks:
         before = config.copy()
         model = bench.case.attach(bench.base(), config, "one")
         model.add_adapter("two", config)
+        assert model.peft_config["one"] is not model.peft_config["two"]
         model.save_pretrained(bench.folder)
         assert config == before
         assert model.peft_config["one"] is not config
         assert model.peft_config["two"] is not config
-        assert model.peft_config["one"] is not model.peft_config["two"]
