@@ -44,10 +44,6 @@ class TestRotation(Toy):
     toy = rotation
 
 
-class TestSound(Toy):
-    toy = sound
-
-
 class TestShared(Toy):
     toy = shared
 
@@ -74,6 +70,10 @@ class TestBottleneck(Toy):
 
 class TestBias(Toy):
     toy = bias
+
+
+class TestSound(Toy):
+    toy = sound
 
 
 class TestParameters(Toy):
