@@ -2,7 +2,9 @@
 
 import builtins
 import importlib
+import random
 import sys
+import time
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
 from typing import ClassVar
@@ -398,6 +400,56 @@ class RemembersOneCall(Sound):
         return super().forward(x, below) * self.calls
 
 
+class WidensHalf(Sound):
+    def forward(self, x, below):
+        return super().forward(x, below).float()
+
+
+class AssumesSingle(Sound):
+    def forward(self, x, below):
+        return torch.lerp(below(x), super().forward(x, below).to(self.toy_bias.dtype), 1.0)
+
+
+class KeepsATensor(Sound):
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.toy_mask = [site.normal(site.out_features)]
+
+
+class DrawsFromRandom(Sound):
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.toy_down.weight.data.fill_(random.random())  # noqa: S311 - what is wrong
+
+
+class SeedsTorch(Sound):
+    def __init__(self, site, config):
+        torch.manual_seed(0)
+        super().__init__(site, config)
+
+
+class SharesBetweenThreads(Sound):
+    current: ClassVar = None
+
+    def forward(self, x, below):
+        type(self).current = self
+        time.sleep(0.002)
+        return Sound.forward(type(self).current, x, below)
+
+
+class DecidesByNumbers(Sound):
+    def forward(self, x, below):
+        return super().forward(x, below) if self.toy_bias.sum() != 0 else below(x)
+
+
+class CountsCalls(Sound):
+    calls = 0
+
+    def forward(self, x, below):
+        self.calls += 1
+        return super().forward(x, below)
+
+
 class DoesNothing(Sound):
     def forward(self, x, below):
         return below(x)
@@ -435,6 +487,22 @@ NOT_REENTRANT = {"reentrant": False}
         (HoldsALambda, "test_pickle", {}),
         (RemembersOneCall, "test_checkpointing", NOT_REENTRANT),
         (DoesNothing, "test_save_and_load", {}),
+        (PassesBelowBy, "test_mixes_with_another_method", {}),
+        (WidensHalf, "test_half_precision", {"dtype": torch.float16}),
+        (WidensHalf, "test_half_precision", {"dtype": torch.bfloat16}),
+        (AssumesSingle, "test_autocast", {}),
+        (KeepsATensor, "test_moved_with_to", {}),
+        (KeepsATensor, "test_load_on_meta", {}),
+        (KeepsATensor, "test_no_tensor_left_unsaved", {}),
+        (HidesABuffer, "test_no_tensor_left_unsaved", {}),
+        (KeepsStateUnsaved, "test_hostile_names", {}),
+        (DrawsFromRandom, "test_seed_is_honoured", {}),
+        (SeedsTorch, "test_seed_is_honoured", {}),
+        (SharesBetweenThreads, "test_threads", {}),
+        (ChangesInput, "test_input_is_not_changed", {}),
+        (DecidesByNumbers, "test_compiles", {}),
+        (CountsCalls, "test_compiles", {}),
+        (DecidesByNumbers, "test_exports", {}),
         (ForgetsScale, "test_modules_to_save", {}),
         (HidesABuffer, "test_modules_to_save", {}),
         (LeavesSomething, "test_modules_to_save", {}),
