@@ -173,7 +173,7 @@ class TrainsWhatIsNotUsed(SoundAdapter):
 # What stands below
 
 
-@caught_by("test_two_adapters_are_active_together", "test_two_adapters_merge")
+@caught_by("test_two_adapters_are_active_together", "test_two_adapters_merge", "test_mixes_with_another_method")
 class PassesBelowBy(SoundAdapter):
     """It runs and merges on the bare layer, so that the adapters below it are lost."""
 

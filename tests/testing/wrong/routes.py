@@ -85,7 +85,7 @@ class NoiseAround(Projections):
 _PLACE = threading.local()
 
 
-@caught_by("test_use_adapter_is_of_this_thread")
+@caught_by("test_use_adapter_is_of_this_thread", "test_threads")
 class OfOneThread(SoundAdapter):
     """Its scale is held in a `threading.local`, which is empty in other threads."""
 

@@ -25,7 +25,7 @@ class DrawnAndNotSaved(SoundAdapter):
         self.scale = 1 + float(torch.rand(()))
 
 
-@caught_by("test_save_and_load", "test_modules_to_save")
+@caught_by("test_save_and_load", "test_modules_to_save", "test_no_tensor_left_unsaved")
 class BufferNotSaved(SoundAdapter):
     """A random mask that it needs is a buffer that is not persistent."""
 
