@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -112,3 +114,26 @@ class ExposesNothing(Projections):
     """It exposes a method that it does not have."""
 
     exposes = ("count_all_sites",)
+
+
+@caught_by("test_threads", error=(AssertionError, RuntimeError))
+class SharedBetweenThreads(SoundAdapter):
+    """What runs now is held on the class, where another thread puts its own meanwhile."""
+
+    current: ClassVar = None
+
+    def forward(self, x, below):
+        type(self).current = self
+        time.sleep(0.002)
+        return SoundAdapter.forward(type(self).current, x, below)
+
+
+@caught_by("test_compiles")
+class CountsInANumber(SoundAdapter):
+    """It counts its calls in a plain number, which a graph takes for a constant."""
+
+    calls = 0
+
+    def forward(self, x, below):
+        self.calls += 1
+        return super().forward(x, below)
