@@ -1,20 +1,19 @@
-"""The conformance kit: what it refuses, what its report says, and that its checks find what they are for."""
+"""The conformance kit: what it refuses, what its report says, and its models; `test_wrong.py` shows what it finds."""
 
 import builtins
 import importlib
 import sys
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
+from testing.wrong.maths import ScaleForgottenInMerged
 from torch import nn
 from toys import bottleneck, parameters, registered, rotation, rows
-from toys.config import ToyConfig
+from toys.sound import Config, SoundAdapter
 
 from tunerkit import Method
-from tunerkit.adapter import Adapter, linear
 from tunerkit.config import PeftConfig
 from tunerkit.copied_module import CopiedModule
 from tunerkit.functional import load_peft_weights
@@ -240,229 +239,6 @@ class TestSnapshot:
         assert expected in before.differences(model)
 
 
-# What the checks find
-
-
-@dataclass
-class Config(ToyConfig):
-    peft_type: str | None = "TOY_SOUND"
-
-
-class Sound(Adapter):
-    """Adds a low-rank product and a bias, rightly; the others below each get one thing wrong."""
-
-    entries = ("toy_down", "toy_up", "toy_bias")
-
-    def __init__(self, site, config):
-        super().__init__(site, config)
-        self.toy_down = linear(site.normal(config.rank, site.in_features))
-        self.toy_up = linear(site.zeros(site.out_features, config.rank))
-        self.toy_bias = nn.Parameter(site.zeros(site.out_features))
-
-    def product(self):
-        return self.toy_up.weight @ self.toy_down.weight
-
-    def merged(self, below):
-        return below.weight + self.product(), self.toy_bias + (0 if below.bias is None else below.bias)
-
-    def forward(self, x, below):
-        y = below(x)
-        addition = self.toy_up(self.toy_down(x.to(self.toy_down.weight.dtype))) + self.toy_bias
-        return y + addition.to(y.dtype)
-
-
-class StartsElsewhere(Sound):
-    def __init__(self, site, config):
-        super().__init__(site, config)
-        self.toy_bias.data.add_(1)
-
-
-class ForgetsBias(Sound):
-    def merged(self, below):
-        return below.weight + self.product(), below.bias
-
-
-class ForgetsScale(Sound):
-    def merged(self, below):
-        weight, bias = super().merged(below)
-        return below.weight + 2 * (weight - below.weight), bias
-
-
-class ChangesInput(Sound):
-    def forward(self, x, below):
-        return super().forward(x.mul_(1.5), below)
-
-
-class WritesIntoWeight(Sound):
-    def merged(self, below):
-        weight = below.weight.detach()
-        return weight.add_(self.product().detach()), super().merged(below)[1]
-
-
-class Detached(Sound):
-    def forward(self, x, below):
-        return below(x) + x @ (self.toy_up.weight @ self.toy_down.weight.detach()).T + self.toy_bias
-
-
-class WrongSlope(Sound):
-    def forward(self, x, below):
-        right = super().forward(x, below)
-        return right + (2 * right - 2 * right.detach())
-
-
-class PassesBelowBy(Sound):
-    def forward(self, x, below):
-        return below.base(x) + self.toy_up(self.toy_down(x)) + self.toy_bias
-
-    def merged(self, below):
-        return below.base.weight + self.product(), self.toy_bias + (0 if below.base.bias is None else below.base.bias)
-
-
-class ClaimsToCommute(Sound):
-    commutes = True
-
-    def merged(self, below):
-        return below.weight + below.weight.norm() * self.product(), super().merged(below)[1]
-
-    forward = Adapter.forward
-
-
-class TrainsTheBase(Sound):
-    def __init__(self, site, config):
-        super().__init__(site, config)
-        site.weight.requires_grad_(requires_grad=True)
-
-
-class LeavesSomething(Sound):
-    def __init__(self, site, config):
-        super().__init__(site, config)
-        site.module.adapted_by = type(self).__name__
-
-
-class Shares(Sound):
-    shared: ClassVar = {}
-
-    def __init__(self, site, config):
-        super().__init__(site, config)
-        self.toy_bias = self.shared.setdefault((id(site.module), site.name), self.toy_bias)
-
-
-class KeepsStateUnsaved(Sound):
-    def __init__(self, site, config):
-        super().__init__(site, config)
-        self.scale = float(torch.rand(()))
-
-    def product(self):
-        return self.scale * super().product()
-
-    forward = Adapter.forward
-
-
-class HidesABuffer(Sound):
-    entries = (*Sound.entries, "toy_mask")
-
-    def __init__(self, site, config):
-        super().__init__(site, config)
-        self.register_buffer("toy_mask", torch.rand(site.out_features), persistent=False)
-
-    def merged(self, below):
-        weight, bias = super().merged(below)
-        return weight, bias + self.toy_mask * self.toy_bias
-
-    forward = Adapter.forward
-
-
-class DeclaresTooMuch(Sound):
-    entries = (*Sound.entries, "toy_nothing")
-
-
-class ComputesInSingle(Sound):
-    def forward(self, x, below):
-        return super().forward(x.float(), lambda x: below(x).float()) if x.dtype == torch.float64 else below(x)
-
-
-class MixesDtypes(Sound):
-    def forward(self, x, below):
-        return below(x) + self.toy_up(self.toy_down(x)) + self.toy_bias
-
-
-class HoldsALambda(Sound):
-    def __init__(self, site, config):
-        super().__init__(site, config)
-        self.act = lambda x: x
-
-
-class RemembersOneCall(Sound):
-    def forward(self, x, below):
-        self.calls = self.__dict__.get("calls", 0) + 1
-        return super().forward(x, below) * self.calls
-
-
-class DoesNothing(Sound):
-    def forward(self, x, below):
-        return below(x)
-
-
-ONE_BY_ONE = {"first": 1}
-NOT_REENTRANT = {"reentrant": False}
-
-
-@pytest.mark.parametrize(
-    ("adapter", "check", "arguments"),
-    [
-        (StartsElsewhere, "test_identity_at_start", {}),
-        (ForgetsBias, "test_forward_agrees_with_merged", {}),
-        (ForgetsBias, "test_merge_keeps_the_output", {"safe": False}),
-        (ForgetsScale, "test_forward_agrees_with_merged", {}),
-        (ForgetsScale, "test_merge_and_unload", {}),
-        (ChangesInput, "test_forward_agrees_with_merged", {}),
-        (WritesIntoWeight, "test_unmerge_is_exact", {}),
-        (Detached, "test_gradients", {}),
-        (WrongSlope, "test_gradients", {}),
-        (PassesBelowBy, "test_two_adapters_merge", {}),
-        (PassesBelowBy, "test_two_adapters_are_active_together", {}),
-        (ClaimsToCommute, "test_two_adapters_merge_one_by_one", ONE_BY_ONE),
-        (TrainsTheBase, "test_training_changes_only_the_adapter", {}),
-        (LeavesSomething, "test_delete_restores_the_original", {}),
-        (LeavesSomething, "test_unload_restores_the_original", {}),
-        (Shares, "test_two_adapters_are_independent", {}),
-        (KeepsStateUnsaved, "test_save_and_load", {}),
-        (KeepsStateUnsaved, "test_tensors_as_a_dict", {}),
-        (HidesABuffer, "test_save_and_load", {}),
-        (DeclaresTooMuch, "test_checkpoint_holds_the_declared_entries", {}),
-        (ComputesInSingle, "test_double_precision", {}),
-        (MixesDtypes, "test_half_precision_base", {}),
-        (HoldsALambda, "test_pickle", {}),
-        (RemembersOneCall, "test_checkpointing", NOT_REENTRANT),
-        (DoesNothing, "test_save_and_load", {}),
-        (ForgetsScale, "test_modules_to_save", {}),
-        (HidesABuffer, "test_modules_to_save", {}),
-        (LeavesSomething, "test_modules_to_save", {}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
-)
-def test_wrong_method_is_found(adapter, check, arguments, tmp_path):
-    assert run_check(Sound, check, arguments, tmp_path / "sound") is None
-    assert run_check(adapter, check, arguments, tmp_path / "wrong") is not None
-
-
-def run_check(adapter, check, arguments, folder):
-    """Run one check on an adapter class and return what it found, if anything."""
-
-    class Case(MethodConformance):
-        def config(self):
-            return Config()
-
-    folder.mkdir()
-    plugin = SimpleNamespace(method=Method(config=Config, adapter=adapter), Config=Config)
-    with registered(plugin):
-        try:
-            getattr(Case(), check)(Bench(Case(), "linear", folder), **arguments)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with it
-            return error
-    return None
-
-
 def test_adapter_without_a_merged_form_must_say_so(tmp_path):
     class Case(MethodConformance):
         def config(self):
@@ -484,7 +260,7 @@ class TestModulesToSave:
         target_modules: list[str] | set[str] | str | None = None
         rank: int = 2
 
-    def run(self, folder, make=Config, adapter=Sound, **attributes):
+    def run(self, folder, make=Config, adapter=SoundAdapter, **attributes):
         folder.mkdir(exist_ok=True)
         kind = type("Case", (MethodConformance,), {"config": lambda _: make(), **attributes})
         config = type(make())
@@ -518,10 +294,10 @@ class TestModulesToSave:
     def test_rows_and_merging_may_be_absent(self, tmp_path, monkeypatch):
         absent = {"test_rows": "for the test's sake", "test_merge_keeps_the_output": "for the test's sake"}
         monkeypatch.setattr(CopiedModule, "_forward_rows", None)
-        self.run(tmp_path, adapter=ForgetsScale, absent=absent)
+        self.run(tmp_path, adapter=ScaleForgottenInMerged, absent=absent)
 
     def test_says_that_rows_are_refused(self, tmp_path):
-        class Crosses(Sound):
+        class Crosses(SoundAdapter):
             crosses_rows = "for the test's sake"
 
         self.run(tmp_path, adapter=Crosses)

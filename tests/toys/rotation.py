@@ -25,7 +25,8 @@ class RotationAdapter(Adapter):
         self.toy_angles = nn.Parameter(site.zeros(site.out_features, site.out_features))
 
     def merged(self, below):
-        skew = self.toy_angles - self.toy_angles.mT
+        angles = self.toy_angles.to(torch.promote_types(self.toy_angles.dtype, torch.float32))
+        skew = angles - angles.mT
         one = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
         rotation = torch.linalg.solve(one + skew, one - skew)
         return rotation @ below.weight.to(skew.dtype), below.bias

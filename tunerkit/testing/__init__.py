@@ -22,7 +22,20 @@ except ModuleNotFoundError as error:
 pytest.register_assert_rewrite(
     *(
         f"{__name__}.{room}"
-        for room in ("bench", "files", "lifecycle", "maths", "merging", "routes", "rows", "state", "wholes")
+        for room in (
+            "bench",
+            "files",
+            "graphs",
+            "lifecycle",
+            "maths",
+            "merging",
+            "mixing",
+            "precision",
+            "routes",
+            "rows",
+            "state",
+            "wholes",
+        )
     )
 )
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MOVED = 1e-3
 """By how much an output must move for a comparison to mean something: at its start an adapter changes nothing."""
 
+_CONTAINERS = ("_parameters", "_buffers")
+
 
 class Bench:
     """One method on one kind of site.
@@ -188,6 +190,32 @@ def adapter_tensors(model: PeftModel, name: str) -> dict[str, Tensor]:
     }
     part = model.base_model.parts.get(name)
     return {**found, **({} if part is None else part.state_dict(keep_vars=True))}
+
+
+def all_tensors(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """Return every tensor that an adapter holds in any way: also unsaved buffers, and those in plain attributes."""
+    holders: dict[str, nn.Module] = {
+        path: layer.adapters[name]
+        for path, layer in tuner_layers(model.get_base_model())
+        if isinstance(layer, AdaptedLayer) and name in layer.adapters
+    }
+    if name in model.base_model.parts:
+        holders["part"] = model.base_model.parts[name]
+    found: dict[str, Tensor] = {}
+    for path, holder in holders.items():
+        for below, module in holder.named_modules(prefix=path):
+            for key, value in attributes_of(module).items():
+                # The modules below come by themselves.
+                found.update(_tensors_in(value, below if key in _CONTAINERS else f"{below}.{key}"))
+    return found
+
+
+def _tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors_in(item, f"{name}.{key}")
 
 
 def trained(model: PeftModel, name: str) -> dict[str, Tensor]:

@@ -10,10 +10,13 @@ from tunerkit.model import get_peft_model
 from tunerkit.plugins import get_method
 from tunerkit.testing.bench import Bench
 from tunerkit.testing.files import FileChecks
+from tunerkit.testing.graphs import GraphChecks
 from tunerkit.testing.lifecycle import LifecycleChecks
 from tunerkit.testing.maths import MathsChecks
 from tunerkit.testing.merging import MergingChecks
+from tunerkit.testing.mixing import MixingChecks
 from tunerkit.testing.models import SAMPLES
+from tunerkit.testing.precision import PrecisionChecks
 from tunerkit.testing.routes import RouteChecks
 from tunerkit.testing.rows import RowChecks
 from tunerkit.testing.state import StateChecks
@@ -29,7 +32,17 @@ if TYPE_CHECKING:
 
 
 class MethodConformance(
-    MathsChecks, MergingChecks, LifecycleChecks, FileChecks, RouteChecks, RowChecks, StateChecks, WholeModuleChecks
+    MathsChecks,
+    MergingChecks,
+    MixingChecks,
+    LifecycleChecks,
+    FileChecks,
+    RouteChecks,
+    RowChecks,
+    StateChecks,
+    PrecisionChecks,
+    GraphChecks,
+    WholeModuleChecks,
 ):
     """Every check that the core relies on, for one method.
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import random
 from typing import TYPE_CHECKING, Any
 
+import numpy  # noqa: ICN001 - a name is enough
 import torch
 from torch import Tensor, nn
 
+from tunerkit.layer import tuner_layers
 from tunerkit.sites import Bound
 from tunerkit.testing.bench import (
     MOVED,
     adapted_layers,
+    adapter_tensors,
+    all_tensors,
     cast,
     difference,
     first_tensor,
@@ -84,6 +89,60 @@ class MathsChecks:
             slope = _slope(model, inputs, tensor, direction)
             expected = float((gradient * direction).sum())
             assert abs(slope - expected) <= 1e-5 * max(1.0, abs(slope)), f"{name}: {expected} is not the slope {slope}."
+
+    def test_input_is_not_changed(self, bench: Bench) -> None:
+        """Neither the model's input nor that of any adapted layer is changed, with gradients and without.
+
+        To mend: in `forward`, change `x` and what `below` gives by no method that ends in `_`, nor by `+=` and `*=`.
+        """
+        model = bench.adapted("under", "upper")
+        before = [value.clone() for value in bench.inputs]
+        changed: list[str] = []
+        waiting: list[list[tuple[Tensor, Tensor]]] = []
+
+        def note(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            waiting.append([(value, value.detach().clone()) for value in values])
+
+        def compare(path: str, *_call: Any) -> None:
+            changed.extend(path for value, old in waiting.pop() if not same_bits(value.detach(), old))
+
+        for path, layer in tuner_layers(model.get_base_model()):
+            layer.register_forward_pre_hook(note, with_kwargs=True)  # type: ignore[attr-defined]
+            layer.register_forward_hook(functools.partial(compare, path))  # type: ignore[attr-defined]
+        for name in ("under", "upper"):
+            model.set_adapter(name)
+            bench.run(model)
+            loss_of(bench.call(model)).backward()  # type: ignore[no-untyped-call]
+        assert changed == [], f"The inputs of these layers were changed: {changed}."
+        assert all(same_bits(old, value) for old, value in zip(before, bench.inputs, strict=True))
+
+    def test_seed_is_honoured(self, bench: Bench) -> None:
+        """What an adapter draws at random is decided by `torch.manual_seed`, and by nothing else.
+
+        To mend: draw with `site.normal`, `site.uniform` or `torch.rand` without a generator; not from `random` or
+        numpy; and do not seed torch, which would decide what the program draws afterwards.
+        """
+        old_states = random.getstate(), numpy.random.get_state()  # noqa: NPY002 - what a method might use
+        starts, states = [], []
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for number, seed in enumerate((3, 3, 4)):
+                    random.seed(number)
+                    numpy.random.seed(number)  # noqa: NPY002
+                    torch.manual_seed(seed)
+                    model = bench.start()
+                    starts.append({**adapter_tensors(model, "default"), **all_tensors(model, "default")})
+                    states.append(torch.get_rng_state())
+        finally:
+            random.setstate(old_states[0])
+            numpy.random.set_state(old_states[1])  # noqa: NPY002
+        first, second, _ = starts
+        assert first.keys() == second.keys()
+        wrong = [key for key, tensor in first.items() if not same_bits(tensor, second[key])]
+        assert wrong == [], f"With the same seed these start differently: {wrong}."
+        assert torch.equal(states[0], states[1]), "With the same seed torch draws other numbers afterwards."
+        assert not torch.equal(states[0], states[2]), "Attaching an adapter seeds torch anew."
 
     @staticmethod
     def _inputs_of_layers(bench: Bench, model: PeftModel) -> list[tuple[AdaptedLayer, list[Any], dict[str, Any]]]:

@@ -125,6 +125,7 @@ class MergingChecks:
         reasons = [a.unfoldable for layer in adapted_layers(model) for a in layer.adapters.values() if a.unfoldable]
         if not reasons:
             pytest.skip("every adapter has a merged form")
+        assert all(isinstance(reason, str) for reason in reasons), "unfoldable is the reason, in words."
         before = Snapshot.of(model)
         for merge in (model.merge_adapter, model.merge_and_unload):
             with pytest.raises(MergeError) as caught:

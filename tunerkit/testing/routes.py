@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -64,6 +65,29 @@ class RouteChecks:
         assert difference(one, two) > MOVED
         assert len(outputs) == 1
         assert same_bits(outputs[0], one)
+
+    def test_threads(self, bench: Bench) -> None:
+        """Two threads that call the model at once, each with its own adapter by `use_adapter`, each get its output.
+
+        To mend: as for `test_use_adapter_is_of_this_thread`.
+        """
+        model = bench.adapted("one", "two")
+        expected = {}
+        for name in ("two", "one"):
+            model.set_adapter(name)
+            expected[name] = bench.run(model)
+        both = threading.Barrier(2)
+
+        def serve(name: str) -> list[Tensor]:
+            with model.use_adapter(name):
+                both.wait(timeout=60)
+                return [bench.run(model) for _ in range(20)]
+
+        with ThreadPoolExecutor(2) as threads:
+            found = dict(zip(expected, threads.map(serve, expected), strict=True))
+        wrong = [name for name, outputs in found.items() if not all(same_bits(o, expected[name]) for o in outputs)]
+        assert wrong == [], f"Beside another thread these adapters gave another output: {wrong}."
+        assert same_bits(bench.run(model), expected["one"])
 
     @_REENTRANT
     def test_checkpointing(self, bench: Bench, reentrant: bool) -> None:

@@ -18,13 +18,11 @@ from tunerkit.testing.bench import (
     move,
     same_bits,
 )
+from tunerkit.testing.precision import HALF
 
 if TYPE_CHECKING:
     from tunerkit.model import PeftModel
     from tunerkit.testing.bench import Bench
-
-_HALF = 0.05
-"""How far the output in bfloat16 may be from that in single precision: some roundings of 1/256 each."""
 
 
 class StateChecks:
@@ -90,7 +88,7 @@ class StateChecks:
         assert [key for key, t in tensors.items() if t.is_floating_point() and t.dtype != torch.float32] == []
         output = bench.call(half, torch.bfloat16)
         assert output.dtype == torch.bfloat16
-        limit = _HALF * float(expected.abs().max())
+        limit = HALF * float(expected.abs().max())
         assert difference(output.detach().float(), expected) < limit
         loss_of(output).backward()  # type: ignore[no-untyped-call]
         assert all(gradient.dtype == torch.float32 for gradient in bench.gradients(half).values())
