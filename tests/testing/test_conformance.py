@@ -64,6 +64,19 @@ class TestWhatIsRefused:
             class Case(MethodConformance):
                 absent = MappingProxyType({"test_pickle": reason})
 
+    def test_check_both_absent_and_expected_to_fail(self):
+        with pytest.raises(TypeError, match=r"declares \['test_pickle'\] both absent and xfail"):
+
+            class Case(MethodConformance):
+                absent = MappingProxyType({"test_pickle": "one reason"})
+                xfail = MappingProxyType({"test_pickle": "another"})
+
+    def test_expected_failure_that_is_no_check(self):
+        with pytest.raises(TypeError, match=r"Case.xfail names 'test_nothing', which is no check"):
+
+            class Case(MethodConformance):
+                xfail = MappingProxyType({"test_nothing": "no reason"})
+
     def test_missing_config(self, tmp_path):
         class Case(MethodConformance):
             pass
@@ -117,6 +130,38 @@ class TestReport:
                 "*TestRotation declares test_pickle absent: for the test's sake",
             ]
         )
+
+    def test_summary_counts_what_ran_and_what_did_not(self, pytester):
+        pytester.makepyfile(self.CASE)
+        result = pytester.runpytest_inprocess("-k", "pickle or merge_keeps or merged_form", "-p", "no:cacheprovider")
+        result.stdout.fnmatch_lines(
+            [
+                "*= conformance =*",
+                "TOY_ROTATION (TestRotation): 2 checks ran, 1 were declared absent, 0 failed as *, 1 did not apply",
+            ]
+        )
+
+    def test_no_summary_where_the_kit_is_not_used(self, pytester):
+        pytester.makepyfile("def test_something(): pass")
+        result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+        assert "= conformance =" not in result.stdout.str()
+
+    @pytest.mark.parametrize(("failing", "outcome"), [(True, {"xfailed": 1}), (False, {"failed": 1})])
+    def test_expected_failure_is_strict(self, pytester, failing, outcome):
+        case = self.CASE.replace("absent =", "xfail =")
+        if failing:
+            case = case.replace("rotation.Config()", "rotation.Config(target_modules=['square'])") + (
+                "\n"
+                "            def make_model(self, kind):\n"
+                "                model = super().make_model(kind)\n"
+                "                model.act = lambda: None\n"
+                "                return model\n"
+            )
+        pytester.makepyfile(case)
+        result = pytester.runpytest_inprocess("-k", "test_pickle", "-p", "no:cacheprovider")
+        result.assert_outcomes(**outcome)
+        ran, expected = (0, 1) if failing else (1, 0)
+        result.stdout.fnmatch_lines([f"*: {ran} checks ran, 0 were declared absent, {expected} failed as expected, *"])
 
     def test_failing_check_shows_how_to_mend(self, pytester):
         spoilt = self.CASE.replace("rotation.Config()", "self.spoilt()") + (

@@ -85,6 +85,7 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     lazy={
+        "check": ("tunerkit.cli.check:check", "Run the checks that every method has to pass on an installed one."),
         "demo": ("tunerkit.cli.demo:demo", "Train, save, load and merge an adapter on a real model."),
         "doctor": ("tunerkit.cli.doctor:doctor", "Say what is installed, what is wrong with it and what to do."),
         "inspect": (

@@ -24,6 +24,8 @@ class Method:
         tags: What a model card is tagged with for an adapter of this method, beside what every card has.
         tuner: The method's tuner class, with PEFT's `target_module_mapping`; plain `BaseTuner` if not given.
         api: The version of the contract the plugin was written for (`tunerkit.plugins.hooks.API_VERSION`).
+        conformance: Where the class of checks for `tunerkit check` is, as `"module:Class"`, if the method cannot be
+            checked with the default settings of its config.
     """
 
     config: type[PeftConfig]
@@ -32,6 +34,7 @@ class Method:
     tuner: type[BaseTuner] | None = None
     api: int = 1
     tags: tuple[str, ...] = ()
+    conformance: str | None = None
 
     @functools.cached_property
     def adapters(self) -> tuple[type[Adapter], ...]:

@@ -20,6 +20,7 @@ from tunerkit.testing.precision import PrecisionChecks
 from tunerkit.testing.routes import RouteChecks
 from tunerkit.testing.rows import RowChecks
 from tunerkit.testing.state import StateChecks
+from tunerkit.testing.summary import Summary, note
 from tunerkit.testing.wholes import WholeModuleChecks
 
 if TYPE_CHECKING:
@@ -55,17 +56,19 @@ class MethodConformance(
             adapter class declares, if this is not set.
         tolerance: The greatest difference between two outputs that count as equal, in single precision.
         absent: The checks that do not hold for the method, by name, with the reason; the report shows them as skipped.
+        xfail: The checks that ought to hold and do not yet, by name, with the reason; one that passes counts as failed.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
     tolerance: ClassVar[float] = 1e-5
     absent: ClassVar[dict[str, str]] = {}
+    xfail: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
         """Refuse what would leave out a check without a word.
 
         Raises:
-            TypeError: A check is overridden, or `absent` names none or gives no reason.
+            TypeError: A check is overridden, or `absent` or `xfail` names none or gives no reason.
         """
         super().__init_subclass__()
         checks = {name for name in dir(MethodConformance) if name.startswith("test_")}
@@ -76,13 +79,22 @@ class MethodConformance(
                     "other names; to leave a check out, write absent = {" + f"{name!r}: 'the reason'" + "}."
                 )
                 raise TypeError(msg)
-        for name, reason in cls.absent.items():
-            if name not in checks:
-                msg = f"{cls.__name__}.absent names {name!r}, which is no check. The checks are {sorted(checks)}."
-                raise TypeError(msg)
-            if not str(reason or "").strip():
-                msg = f"{cls.__name__}.absent gives no reason for leaving out {name!r}. Say why it cannot hold."
-                raise TypeError(msg)
+        for attribute, declared in (("absent", cls.absent), ("xfail", cls.xfail)):
+            for name, reason in declared.items():
+                if name not in checks:
+                    msg = (
+                        f"{cls.__name__}.{attribute} names {name!r}, which is no check. The checks are "
+                        f"{sorted(checks)}."
+                    )
+                    raise TypeError(msg)
+                if not str(reason or "").strip():
+                    msg = (
+                        f"{cls.__name__}.{attribute} gives no reason for leaving out {name!r}. Say why it cannot hold."
+                    )
+                    raise TypeError(msg)
+        if both := sorted(cls.absent.keys() & cls.xfail.keys()):
+            msg = f"{cls.__name__} declares {both} both absent and xfail. A check that does not apply is absent only."
+            raise TypeError(msg)
 
     # What an author defines
 
@@ -116,6 +128,7 @@ class MethodConformance(
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run each check once for each kind of site."""
         if "kind" in metafunc.fixturenames:
+            Summary.register(metafunc.config)
             metafunc.parametrize("kind", self.kinds or self._declared_kinds())
 
     def _declared_kinds(self) -> list[str]:
@@ -126,6 +139,9 @@ class MethodConformance(
     def bench(self, kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
         """Return what a check works with, unless the check is declared absent."""
         check = request.function.__name__
+        note(request.node, f"{self.config().peft_type} ({type(self).__name__})", absent=check in self.absent)
+        if check in self.xfail:
+            request.node.add_marker(pytest.mark.xfail(reason=self.xfail[check], strict=True))
         if check in self.absent:
             pytest.skip(f"{type(self).__name__} declares {check} absent: {self.absent[check]}")
         return Bench(self, kind, tmp_path)

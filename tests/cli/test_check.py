@@ -1,0 +1,76 @@
+"""`tunerkit check`: what it prints of a method, and how it exits."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+from toys import registered, rotation
+
+from tunerkit import Method, cli
+from tunerkit.testing import MethodConformance
+
+
+class OnLinearLayers(MethodConformance):
+    """As a plugin names it in `Method.conformance`."""
+
+    kinds = ("linear",)
+    absent = {"test_pickle": "for the test's sake"}  # noqa: RUF012 - as authors write it
+    xfail = {"test_deepcopy": "for the test's sake too"}  # noqa: RUF012
+
+    def config(self):
+        return rotation.Config()
+
+
+class Forgetful(rotation.RotationAdapter):
+    def merged(self, below):
+        weight, _ = super().merged(below)
+        return weight, None
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run the command as a shell would."""
+    monkeypatch.setenv("COLUMNS", "300")
+    return lambda *args: CliRunner().invoke(cli.main, ["check", *args], prog_name="tunerkit")
+
+
+def test_method_that_passes(run):
+    with registered(rotation):
+        result = run("toy-rotation")
+    assert result.exit_code == 0, result.output
+    assert "test_merge_keeps_the_output" in result.output
+    assert "every adapter has a merged form" in result.output
+    assert "and 0 failed; 0 checks are declared absent or expected to fail." in result.output
+
+
+def test_method_that_fails_and_names_its_class(run, monkeypatch):
+    module = SimpleNamespace(OnLinearLayers=OnLinearLayers)
+    monkeypatch.setitem(sys.modules, "kit_case", module)
+    method = Method(config=rotation.Config, adapter=Forgetful, conformance="kit_case:OnLinearLayers")
+    with registered(SimpleNamespace(Config=rotation.Config, method=method)):
+        result = run("toy-rotation", "--verbose")
+    assert result.exit_code == 1
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip().startswith("test_")}
+    assert "failed: 1" in lines["test_identity_at_start"]
+    assert "absent: 1" in lines["test_pickle"]
+    assert "for the test's sake" in lines["test_pickle"]
+    assert "XPASS(strict)" in lines["test_deepcopy"]
+    assert "1 checks are declared absent or expected to fail." in result.output
+    assert "= conformance =" in result.output
+
+
+def test_unknown_method(run):
+    result = run("nothing-of-the-kind")
+    assert result.exit_code == 1
+    assert "Error: " in result.output
+    assert "nothing-of-the-kind" in result.output
+
+
+def test_without_pytest(run, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("tunerkit.testing")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    result = run("toy-rotation")
+    assert result.exit_code == 1
+    assert "pip install 'tunerkit[testing]'" in result.output

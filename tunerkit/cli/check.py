@@ -1,0 +1,58 @@
+"""`tunerkit check`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from tunerkit.testing.installed import Result
+
+_STYLES = {"failed": "red", "absent": "yellow", "expected to fail": "yellow"}
+
+
+@click.command
+@click.argument("method")
+@click.option("--verbose", is_flag=True, help="Print also what pytest printed.")
+def check(*, method: str, verbose: bool) -> None:
+    """Run the conformance kit on an installed METHOD; exit with 1 if a check fails.
+
+    The checks run with the method's default settings, or as the class says that its plugin names. This needs the extra
+    `testing`.
+    """
+    try:
+        from tunerkit.testing import installed  # noqa: PLC0415 - imports pytest, and keeps --help quick
+    except ModuleNotFoundError as error:
+        raise click.ClickException(str(error)) from error
+
+    results, printed = installed.check(method)
+    if verbose or not results:
+        click.echo(printed)
+    if not results:
+        msg = f"No check ran for the method {method!r}; what pytest printed stands above."
+        raise click.ClickException(msg)
+    _print_table(results)
+    count = {outcome: sum(r.outcomes.get(outcome, 0) for r in results.values()) for outcome in ("passed", "failed")}
+    declared = sum(bool({"absent", "expected to fail"} & r.outcomes.keys()) for r in results.values())
+    click.echo(
+        f"{method}: {len(results)} checks, {count['passed']} runs passed and {count['failed']} failed; "
+        f"{declared} checks are declared absent or expected to fail."
+    )
+    if count["failed"]:
+        raise SystemExit(1)
+
+
+def _print_table(results: dict[str, Result]) -> None:
+    from rich.console import Console  # noqa: PLC0415 - slow, and --help needs none of it
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table("Check", "Outcome", "Why", box=None)
+    table.columns[0].no_wrap = True
+    for name, result in sorted(results.items()):
+        outcome = ", ".join(f"{outcome}: {number}" for outcome, number in result.outcomes.items())
+        style = next((_STYLES[one] for one in _STYLES if one in result.outcomes), None)
+        # As text, because square brackets in a reason would be taken for markup.
+        table.add_row(*map(Text, (name, outcome, "; ".join(result.reasons))), style=style)
+    Console().print(table)
