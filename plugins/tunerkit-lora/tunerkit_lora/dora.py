@@ -116,7 +116,8 @@ class DoraAdapter(LowRankAdapter):
         """Return the inherited result without building a matrix of the weight's size; only this way has dropout."""
         base = below.base
         y, dropped, gain = below(x), self.dropped(x), self.gain(base)
-        plain = y if base.bias is None else y - self.along_outputs(base.bias)
+        # A layer may keep its bias in another dtype than its outputs, as quantised ones do.
+        plain = y if base.bias is None else y - self.along_outputs(base.bias.to(y.dtype))
         if dropped is not x:
             # As in PEFT: what the bare weight makes of the input counts undropped once, and grows dropped.
             plain = below.run(dropped, base.weight, None)
