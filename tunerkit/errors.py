@@ -135,17 +135,7 @@ class QuantisationWarning(MergeWarning):
             by that of the exact weight.
     """
 
-    def __init__(self, errors: dict[str, float]) -> None:
-        super().__init__(errors)
-        self.errors = errors
-
-    def __str__(self) -> str:
-        worst = max(self.errors, key=self.errors.__getitem__)
-        return (
-            f"Adapters were merged into {len(self.errors)} quantised layers, which rounds their weights: by up to "
-            f"{self.errors[worst]:.2%} of the norm of the exact weight ({worst!r}). "
-            "merge_and_unload(dequantize=True) is exact and leaves these layers unquantised."
-        )
+    errors: dict[str, float]
 
 
 class AdapterWarning(TunerkitWarning):
