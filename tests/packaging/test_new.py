@@ -43,6 +43,6 @@ def test_package(kind, fresh, tmp_path):
         run(python, "-I", "-W", "error", "-c", USE.format(method=method), cwd=tmp_path)
         tested = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=project)
         assert " passed" in tested
-        assert " failed" not in tested
+        assert f"{method}: " in run(command, "check", method, cwd=tmp_path)
     finally:
         run(*pip, "--python", python, "uninstall", "-q", "-y", f"tunerkit-{method}", cwd=tmp_path)
