@@ -128,14 +128,18 @@ class MergeWarning(TunerkitWarning):
 
 
 class QuantisationWarning(MergeWarning):
-    """Adapters were merged into quantised weights, which rounded the result.
+    """Adapters were merged into quantised weights, which rounded the result."""
 
-    Attributes:
-        errors: How far each weight is from the exact one, by the path of its layer: the norm of the difference, divided
-            by that of the exact weight.
-    """
+    @property
+    def errors(self) -> dict[str, float]:
+        """How far each weight is from the exact one, by the path of its layer.
 
-    errors: dict[str, float]
+        That is the norm of the difference, divided by that of the exact weight.
+        """
+        return self.args[1]  # type: ignore[no-any-return]
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class AdapterWarning(TunerkitWarning):

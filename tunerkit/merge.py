@@ -326,13 +326,12 @@ def _report_rounding(roundings: dict[str, float]) -> None:
     errors = {name: error for name, error in roundings.items() if error}
     if errors:
         worst = max(errors, key=errors.__getitem__)
-        warning = QuantisationWarning(
+        msg = (
             f"Adapters were merged into {len(errors)} quantised layers, which rounds their weights: by up to "
             f"{errors[worst]:.2%} of the norm of the exact weight ({worst!r}). merge_and_unload(dequantize=True) is "
             "exact and leaves these layers unquantised."
         )
-        warning.errors = errors
-        warnings.warn(warning, stacklevel=4)
+        warnings.warn(QuantisationWarning(msg, errors), stacklevel=4)
 
 
 def _untie(model: nn.Module, trainable: list[nn.Parameter]) -> None:
