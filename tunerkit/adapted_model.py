@@ -326,8 +326,9 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
             MergeError: An adapter cannot be merged; nothing was changed.
         """
         names = self._to_merge(adapter_names, for_good=True)
+        trainable = self._were_trainable
         merge.merge_for_good(
-            self.model, names, self._were_trainable, safe=safe_merge, show=progressbar, dequantize=dequantize
+            self.model, names, trainable, safe=safe_merge, progressbar=progressbar, dequantize=dequantize
         )
         return self._take_apart(keep=True)
 

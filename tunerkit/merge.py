@@ -177,7 +177,7 @@ def merge_for_good(
     trainable: list[nn.Parameter],
     *,
     safe: bool,
-    show: bool,
+    progressbar: bool,
     dequantize: bool,
 ) -> None:
     """Merge adapters into all layers without keeping the original parameters.
@@ -192,7 +192,7 @@ def merge_for_good(
         trainable: The base model's parameters that are to train when the adapters are gone; the new ones are added, and
             those that nothing uses any more are left out.
         safe: Refuse NaN and infinities.
-        show: Show progress.
+        progressbar: Show progress.
         dequantize: Put layers that are not quantised in place of those that are, so that nothing is rounded.
 
     Raises:
@@ -201,7 +201,7 @@ def merge_for_good(
     layers = layers_in(model)
     _check(model, layers, names)
     _check_foldable(layers, names, safe=safe)
-    progress = _progress("merging", len(layers), show=show)
+    progress = _progress("merging", len(layers), show=progressbar)
     with torch.no_grad(), progress as advance, _held_weakly(trainable) as trained:
 
         def finish(layer: BaseTunerLayer) -> list[nn.Parameter]:

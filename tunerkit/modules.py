@@ -22,7 +22,7 @@ _LOW = frozenset(dtype for dtype in _DTYPES if dtype.is_floating_point and dtype
 """The dtypes of lower precision than float32."""
 
 _NONE: frozenset[str] = frozenset()  # one for all modules: Python makes another each time
-_WORDS = ("state_dict", "_save_to_state_dict", "get_extra_state")
+_WORDS = frozenset({"state_dict", "_save_to_state_dict", "get_extra_state"})
 """By what a module can tell its state in a way of its own."""
 
 
@@ -107,8 +107,7 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> bool:
     state = module.__dict__
     if state.get("_state_dict_hooks") or state.get("_state_dict_pre_hooks") or not _is_plain(kind):
         return False
-    one, other, third = _WORDS
-    if one in state or other in state or third in state:  # set on this very module
+    if not state.keys().isdisjoint(_WORDS):  # set on this very module
         return False
     for name, parameter in state["_parameters"].items():
         if parameter is not None:

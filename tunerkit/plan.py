@@ -225,7 +225,8 @@ def _layers_at(here: Sequence[ModulePlace], bases: Sequence[nn.Module]) -> list[
     found: list[BaseTunerLayer] = []
     for (_, module, _, _), base in zip(here, bases, strict=True):
         if is_layer(module):
-            alone = module._modules.get(module.base_name) is base  # found so for less
+            # Most stand alone on their base layer, and to see that costs less than to walk down.
+            alone = module._modules.get(module.base_name) is base
             found += (module,) if alone else stack_at(module)
     return found
 

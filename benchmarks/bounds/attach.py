@@ -146,7 +146,7 @@ def tree(places: list[tuple[str, nn.Module, nn.Linear]]) -> nn.Module:
         for name in upper:
             if name not in above._modules:
                 above.add_module(name, nn.Module())
-            above = above._modules[name]  # type: ignore[assignment]
+            above = above._modules[name]
         above._modules[last] = parent
     return root
 
@@ -175,8 +175,8 @@ def create(site: Site, ranks: dict[str, int]) -> Lean:
     adapter = Lean()
     adapter.__dict__["scaling"] = 16 / rank
     factors = (
-        weight.new_empty((rank, weight.shape[1])).uniform_(-BOUND, BOUND),  # type: ignore[union-attr]
-        weight.new_zeros((weight.shape[0], rank)),  # type: ignore[union-attr]
+        weight.new_empty((rank, weight.shape[1])).uniform_(-BOUND, BOUND),
+        weight.new_zeros((weight.shape[0], rank)),
     )
     for name, factor in zip(("lora_A", "lora_B"), factors, strict=True):
         held = Lean()
@@ -194,21 +194,21 @@ def plan_and_attach_second(model: nn.Module) -> None:
     targets: list[tuple[str, nn.Module, nn.Module]] = []
     find_targets(model, "", decisions, targets)
     for path, parent, layer in targets:
-        base: nn.Linear = layer._modules["base_layer"]  # type: ignore[assignment]
+        base: nn.Linear = layer._modules["base_layer"]
         for module in (parent, layer, base):
             if id(module) not in noted:
                 noted.add(id(module))
                 note(notes, module)
         site = Site(base, path)
         adapter = create(site, {})
-        device = base._parameters["weight"].device  # type: ignore[union-attr]
+        device = base._parameters["weight"].device
         adapter.__dict__["training"] = layer.training
         for entry, held in adapter._modules.items():
             if entry not in layer._modules:
                 msg = f"{entry} is not declared."
                 raise ValueError(msg)
-            held.__dict__["training"] = layer.training  # type: ignore[union-attr]
-            for parameter in held._parameters.values():  # type: ignore[union-attr]
+            held.__dict__["training"] = layer.training
+            for parameter in held._parameters.values():
                 if parameter.device != device:
                     parameter.data = parameter.data.to(device)
                 if parameter.dtype not in WIDE:

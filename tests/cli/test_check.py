@@ -1,5 +1,6 @@
 """`tunerkit check`: what it prints of a method, and how it exits."""
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ from click.testing import CliRunner
 from toys import registered, rotation
 
 from tunerkit import Method, cli
+from tunerkit.errors import PluginError
 from tunerkit.testing import MethodConformance
+from tunerkit.testing.installed import case_of
 
 
 class OnLinearLayers(MethodConformance):
@@ -58,6 +61,27 @@ def test_method_that_fails_and_names_its_class(run, monkeypatch):
     assert "XPASS(strict)" in lines["test_deepcopy"]
     assert "1 checks are declared absent or expected to fail." in result.output
     assert "= conformance =" in result.output
+
+
+@pytest.mark.parametrize(
+    ("where", "found"),
+    [
+        ("no_such_module:Case", "ModuleNotFoundError"),
+        ("tests", "AttributeError|ModuleNotFoundError|ValueError"),
+        ("tunerkit.testing.installed:Case", "AttributeError"),
+        ("tunerkit.testing.installed:Result", "class 'tunerkit.testing.installed.Result'"),
+        ("", "ValueError"),
+    ],
+)
+def test_class_that_is_none(run, where, found):
+    method = Method(config=rotation.Config, adapter=rotation.RotationAdapter, conformance=where)
+    with registered(SimpleNamespace(Config=rotation.Config, method=method)):
+        with pytest.raises(PluginError, match=r"must be 'module:Class' of a MethodConformance; found") as caught:
+            case_of("toy-rotation")
+        assert re.search(found, str(caught.value))
+        result = run("toy-rotation")
+    assert result.exit_code == 1
+    assert f"conformance={where!r}" in result.output
 
 
 def test_unknown_method(run):

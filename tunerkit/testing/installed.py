@@ -8,16 +8,19 @@ import io
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tunerkit.errors import PluginError
 from tunerkit.plugins import get_method
 from tunerkit.testing.conformance import MethodConformance
+from tunerkit.testing.summary import outcome_of
+
+if TYPE_CHECKING:
+    from tunerkit.testing.summary import Outcome
 
 _MODULE = "from tunerkit.testing.installed import case_of\n\nTestMethod = case_of({method!r})\n"
-
-Outcome = Literal["passed", "failed", "absent", "expected to fail", "does not apply"]
 
 
 @dataclass
@@ -44,13 +47,29 @@ def case_of(name: str) -> type[MethodConformance]:
 
     Args:
         name: The method's name.
+
+    Raises:
+        PluginError: There is no such class.
     """
     method = get_method(name).method
     if method.conformance is not None:
-        module, _, attribute = method.conformance.partition(":")
-        found: type[MethodConformance] = getattr(importlib.import_module(module), attribute)
-        return found
+        return _named(name, method.conformance)
     return type("TestMethod", (MethodConformance,), {"config": lambda _: method.config()})
+
+
+def _named(method: str, where: str) -> type[MethodConformance]:
+    module, _, attribute = where.partition(":")
+    try:
+        found: object = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+    if isinstance(found, type) and issubclass(found, MethodConformance):
+        return found
+    msg = (
+        f"The plugin of {method!r} says conformance={where!r}, which must be 'module:Class' of a MethodConformance; "
+        f"found {found!r}. Mend it, or leave it out to check with the default settings."
+    )
+    raise PluginError(msg)
 
 
 def check(name: str) -> tuple[dict[str, Result], str]:
@@ -81,17 +100,16 @@ class _Recorder:
         self.results: dict[str, Result] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or not report.passed:
+        outcome = outcome_of(report)
+        if outcome is not None:
             name = report.location[2].partition("[")[0].rpartition(".")[2]
-            self.results.setdefault(name, Result()).add(*self._outcome(name, report))
+            self.results.setdefault(name, Result()).add(outcome, self._reason(name, outcome, report))
 
-    def _outcome(self, name: str, report: pytest.TestReport) -> tuple[Outcome, str]:
-        if hasattr(report, "wasxfail"):
-            return "expected to fail", self.case.xfail.get(name, report.wasxfail)
-        if report.skipped:
-            if name in self.case.absent:
-                return "absent", self.case.absent[name]
-            return "does not apply", str(report.longrepr[2]).removeprefix("Skipped: ") if report.longrepr else ""  # type: ignore[index]
-        if report.failed:
-            return "failed", report.longreprtext.strip().splitlines()[-1]
-        return "passed", ""
+    def _reason(self, name: str, outcome: Outcome, report: pytest.TestReport) -> str:
+        declared = {"absent": self.case.absent, "expected to fail": self.case.xfail}
+        if outcome in declared:
+            return declared[outcome][name]
+        # What pytest shows of a skip is a place and the reason, and of a failure a text that ends with the error.
+        if isinstance(report.longrepr, tuple):
+            return report.longrepr[2].removeprefix("Skipped: ")
+        return report.longreprtext.strip().rpartition("\n")[2]

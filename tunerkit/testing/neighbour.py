@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from tunerkit.adapter import Adapter
@@ -42,7 +42,7 @@ class GainAdapter(Adapter):
 
     def __init__(self, site: Site, config: PeftConfig) -> None:
         super().__init__(site, config)
-        self.kit_gain = nn.Parameter(torch.ones_like(site.zeros(1)))
+        self.kit_gain = nn.Parameter(site.ones(1))
         # Of other kinds the output is not the weight times something, and they have no adapter without a merged form.
         self.on_output = site.kind not in {"attention", "parameter"}
 
@@ -59,8 +59,7 @@ class GainAdapter(Adapter):
         return output * self.kit_gain.to(output.dtype)
 
 
-class _Plugin:
-    method = Method(config=GainConfig, adapter=GainAdapter)
+_PLUGIN = SimpleNamespace(method=Method(config=GainConfig, adapter=GainAdapter))
 
 
 @contextlib.contextmanager
@@ -80,6 +79,3 @@ def config_beside(model: PeftModel) -> GainConfig:
     # A target may take in a module below it, as an attention layer does its output projection.
     modules = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     return GainConfig(target_modules=modules or None, target_parameters=core.targeted_parameter_names or None)
-
-
-_PLUGIN = _Plugin()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import pytest
+
+Outcome = Literal["passed", "failed", "absent", "expected to fail", "does not apply"]
 
 _NAME = "tunerkit-conformance"
 _CASE, _ABSENT = "conformance", "absent"
@@ -26,9 +28,9 @@ class Summary:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count a check of the kit's by how it went."""
-        properties = dict(report.user_properties)
-        if _CASE in properties and (report.when == "call" or (report.when == "setup" and not report.passed)):
-            self.counts[str(properties[_CASE])][_outcome(report, absent=_ABSENT in properties)] += 1
+        case, outcome = dict(report.user_properties).get(_CASE), outcome_of(report)
+        if case is not None and outcome is not None:
+            self.counts[str(case)][outcome] += 1
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print a line for each class of checks."""
@@ -36,8 +38,8 @@ class Summary:
             terminalreporter.section("conformance")
         for case, count in sorted(self.counts.items()):
             terminalreporter.write_line(
-                f"{case}: {count['ran']} checks ran, {count['absent']} were declared absent, "
-                f"{count['expected']} failed as expected, {count['other']} did not apply"
+                f"{case}: {count['passed'] + count['failed']} checks ran, {count['absent']} were declared absent, "
+                f"{count['expected to fail']} failed as expected, {count['does not apply']} did not apply"
             )
 
 
@@ -48,9 +50,12 @@ def note(item: pytest.Item, case: str, *, absent: bool) -> None:
         item.user_properties.append((_ABSENT, "True"))
 
 
-def _outcome(report: pytest.TestReport, *, absent: bool) -> str:
+def outcome_of(report: pytest.TestReport) -> Outcome | None:
+    """Return how a check of the kit went; None if the report is of what surrounds it, where nothing went wrong."""
+    if report.when != "call" and report.passed:
+        return None
     if hasattr(report, "wasxfail"):
-        return "expected"
+        return "expected to fail"
     if report.skipped:
-        return "absent" if absent else "other"
-    return "ran"
+        return "absent" if _ABSENT in dict(report.user_properties) else "does not apply"
+    return "failed" if report.failed else "passed"
