@@ -5,11 +5,11 @@ It ends with a comment that names the tests,
 `<!-- tests: tests/test_model.py::test_something -->`; a test may also be a method, `file::Class::test`.
 """
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
+from messages import is_there
 
 ROOT = Path(__file__).parents[2]
 PAGES = {name: ROOT / "docs" / f"{name}.md" for name in ("differences", "reliability")}
@@ -27,21 +27,6 @@ def name_of(entry):
 
 def named_in(entry):
     return [name for found in TESTS.finditer(entry) for name in found["tests"].split()]
-
-
-def is_there(reference):
-    """Say whether a file defines the test that a reference names."""
-    file, *names = reference.split("::")
-    path = ROOT / file
-    if not names or not path.is_file():
-        return False
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    for name in names:
-        found = [node for node in body if getattr(node, "name", None) == name]
-        if not found:
-            return False
-        body = getattr(found[0], "body", [])
-    return names[-1].startswith("test_")
 
 
 ENTRIES = {name: entries_of(page.read_text(encoding="utf-8")) for name, page in PAGES.items()}
