@@ -1,4 +1,4 @@
-"""The reference is as the source has it, tells every word of the contract, and names a test of each; see `reference`."""
+"""The reference is as the source has it, tells every word of the contract, and names a test of each."""
 
 import pytest
 from cogapp import Cog
