@@ -70,7 +70,7 @@ def verdict(results: Sequence[Result]) -> str:
 def write(folder: Path, results: Sequence[Result], around: dict[str, Any]) -> None:
     """Write the table and the JSON into a folder; the plot is `suite.plot.draw`."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = f"{markdown_table(results)}\n{verdict(results)}\n\n{_caption(around)}\n"
+    table = f"# Figures\n\n{markdown_table(results)}\n{verdict(results)}\n\n{_caption(around)}\n"
     (folder / "table.md").write_text(table, encoding="utf-8")
     values = {**around, "jobs": [result.as_json() for result in results]}
     (folder / "results.json").write_text(f"{json.dumps(values, indent=1)}\n", encoding="utf-8")

@@ -146,7 +146,7 @@ def test_two_commands_do_all_the_set_up():
 
 
 def test_demo_is_not_part_of_a_plain_run():
-    assert tox()["tox"]["env_list"] == "py, isolated, lint, types"
+    assert tox()["tox"]["env_list"] == "py, isolated, lint, types, docs"
     assert tox()["testenv:demo"]["commands"].startswith("tunerkit demo --method lora")
 
 

@@ -10,7 +10,7 @@ from tunerkit.plugins.checks import hook_arguments
 
 SHOWN = shown()
 WORDS = [(path, name) for path, words in SHOWN.items() for name in words]
-AGAIN = "run `python -m reference` in the folder tests"
+AGAIN = "run `tox -e reference`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

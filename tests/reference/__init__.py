@@ -3,7 +3,7 @@
 The pages are written by hand but for what stands between `[[[cog` and `[[[end]]]`: there cog puts what `show` and
 `show_checks` print. `tests.toml` says which tests show each of the words.
 
-    cd tests && python -m reference
+`tox -e reference` writes them anew.
 """
 
 from __future__ import annotations
