@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 import pytest
+import reference
 import torch
 from click.testing import CliRunner
 from wheels import TUTORIALS
@@ -36,6 +37,7 @@ PAGES = [
     *sorted(page for page in ROOT.glob("docs/**/*.md") if page.stem not in TUTORIALS),
 ]
 FOLLOWED = [ROOT / "docs" / f"{page}.md" for page in TUTORIALS]  # by `tests/packaging/test_tutorial.py`
+CHECKED = ("python", "sh", "toml", "json")
 FENCE = re.compile(r"^(?P<fence>```+)(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence) *$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.*-->\n\Z")
 SET_UP = "python3 -m venv .venv && .venv/bin/python -m pip install -q tox && .venv/bin/tox"
@@ -88,7 +90,11 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 
 def test_every_block_names_a_language_that_is_checked():
-    assert {str(block) for block in BLOCKS} == {str(block) for block in having("python", "sh", "toml", "json", "text")}
+    assert {str(block) for block in BLOCKS} == {str(block) for block in having(*CHECKED, "text", "py", "{toctree}")}
+
+
+def test_only_signatures_are_not_run():
+    assert {block.page for block in having("py")} <= set(reference.PAGES)
 
 
 @pytest.mark.parametrize("block", having("toml", "json"), ids=str)

@@ -36,7 +36,7 @@ def read(package, folder):
 
 
 @functools.cache
-def tests():
+def named_tests():
     return tomllib.loads((Path(__file__).parent / "tests.toml").read_text(encoding="utf-8"))
 
 
@@ -84,7 +84,7 @@ def show(path, *names):
     """
     thing = find(path)
     words = words_of(thing, names)
-    print_word(3, thing.name, thing, path, imported=f"from {path.rpartition('.')[0]} import {thing.name}\n\n")
+    print_word(3, thing.name, thing, path, imported=f"from {path.rpartition('.')[0]} import {thing.name}\n\n\n")
     if not thing.is_class:
         return
     attributes = [word for word in words.values() if is_plain_attribute(word)]
@@ -140,20 +140,22 @@ def print_section(section, word):
 def signature(word):
     """Return the lines with which the source begins a class, a function or a property, or declares a value."""
     if word.is_class:
-        bases = ", ".join(map(str, word.bases))
-        line = f"class {word.name}({bases}):" if bases else f"class {word.name}:"
+        line = decorators(word) + in_lines(f"class {word.name}", list(map(str, word.bases)), ":")
         own = word.members.get("__init__")
         is_written = own is not None and own.is_function and own.lineno is not None and own.lineno > word.lineno
-        inner = textwrap.indent(signature(own), "    ") if is_written else "    ..."
-        return f"{decorators(word)}{line}\n{inner}"
+        return f"{line}\n{textwrap.indent(signature(own), '    ')}" if is_written else f"{line} ..."
     if word.is_attribute:
         return f"@property\ndef {word.name}(self) -> {word.annotation}" if is_property(word) else declaration(word)
     returns = f" -> {word.returns}" if word.returns is not None else ""
-    parameters = list_of(word.parameters)
-    line = f"def {word.name}({', '.join(parameters)}){returns}"
-    if len(line) > WIDTH:
-        line = f"def {word.name}(\n" + "".join(f"    {parameter},\n" for parameter in parameters) + f"){returns}"
-    return decorators(word) + line
+    return decorators(word) + in_lines(f"def {word.name}", list_of(word.parameters), returns, empty="()")
+
+
+def in_lines(start, items, end, empty=""):
+    """Return what begins a class or a function, in one line or with a line for each item."""
+    line = f"{start}({', '.join(items)}){end}" if items else f"{start}{empty}{end}"
+    if len(line) <= WIDTH:
+        return line
+    return "".join([f"{start}(\n", *(f"    {item},\n" for item in items), f"){end}"])
 
 
 def decorators(word):
@@ -210,5 +212,5 @@ def one_line(text):
 
 
 def tests_of(path, name):
-    named = tests().get(path, {}).get(name, [])
+    named = named_tests().get(path, {}).get(name, [])
     return f" Shown by {', '.join(f'`{test}`' for test in named)}." if named else ""
