@@ -12,7 +12,16 @@ if TYPE_CHECKING:
 
 
 class TaskType(str, enum.Enum):
-    """What a model is used for, with PEFT's names."""
+    """What a model is used for, with PEFT's names.
+
+    Attributes:
+        SEQ_CLS: Sorting whole texts; the head is trained too.
+        SEQ_2_SEQ_LM: Turning one text into another.
+        CAUSAL_LM: Continuing a text.
+        TOKEN_CLS: Sorting the tokens of a text; the head is trained too.
+        QUESTION_ANS: Finding answers in a text; the head is trained too.
+        FEATURE_EXTRACTION: Using the hidden states.
+    """
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"

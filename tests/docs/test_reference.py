@@ -6,10 +6,11 @@ from messages import is_known
 from reference import PAGES, description, find, named_tests, read, shown, signature, words_of
 from reference.__main__ import START
 
+import tunerkit
 from tunerkit.plugins.checks import hook_arguments
 
 SHOWN = shown()
-WORDS = [(path, name) for path, words in SHOWN.items() for name in words]
+CONTRACT = shown(page for page in PAGES if page.stem != "api")
 AGAIN = "run `tox -e reference`"
 
 
@@ -18,13 +19,17 @@ def test_a_page_is_up_to_date(page):
     assert Cog().main(["cog", "--check", "--diff", "-P", "-p", START, str(page)]) == 0, AGAIN
 
 
-@pytest.mark.parametrize(("path", "name"), WORDS)
+def words(things):
+    return [(path, name) for path, words in things.items() for name in words]
+
+
+@pytest.mark.parametrize(("path", "name"), words(SHOWN))
 def test_a_word_is_documented(path, name):
     thing = find(path)
     assert description(words_of(thing, [name])[name], thing if thing.is_class else None)
 
 
-@pytest.mark.parametrize(("path", "name"), WORDS)
+@pytest.mark.parametrize(("path", "name"), words(CONTRACT))
 def test_a_word_has_a_test(path, name):
     named = named_tests().get(path, {}).get(name, [])
     assert named, "name one in tests/reference/tests.toml"
@@ -32,7 +37,12 @@ def test_a_word_has_a_test(path, name):
 
 
 def test_no_other_word_is_named():
-    assert {(path, name) for path, words in named_tests().items() for name in words} <= set(WORDS)
+    assert set(words(named_tests())) <= set(words(CONTRACT))
+
+
+@pytest.mark.parametrize("name", tunerkit.__all__)
+def test_everything_public_is_shown(name):
+    assert f"tunerkit.{name}" in SHOWN
 
 
 def test_every_hook_is_shown():

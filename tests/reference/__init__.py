@@ -1,4 +1,4 @@
-"""The signatures and descriptions in `docs/hooks.md`, `docs/contract.md` and `docs/checks.md`, taken from the source.
+"""The signatures and descriptions in some pages of `docs/`, taken from the source.
 
 The pages are written by hand but for what stands between `[[[cog` and `[[[end]]]`: there cog puts what `show` and
 `show_checks` print. `tests.toml` says which tests show each of the words.
@@ -23,7 +23,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("hooks", "contract", "checks")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("api", "hooks", "contract", "checks")]
 WIDTH = 100
 SHOWN = re.compile(r"\[\[\[cog show\((?P<arguments>.+)\) \]\]\]")
 KINDS = griffe.ParameterKind
@@ -42,34 +42,46 @@ def named_tests():
 
 def find(path):
     """Return what a path means, wherever it is defined; a name that a package gives again is an alias."""
-    package, _, inside = path.partition(".")
-    found = read(package, ROOT)[inside]
+    package, *inside = path.split(".")
+    found = read(package, ROOT)
+    for name in inside:
+        found = found[name] if name not in found.imports else found.modules_collection[found.imports[name]]
     return found.final_target if found.is_alias else found
 
 
-def shown():
-    """Return what the pages show: the path of each thing, and its words by name."""
-    calls = [match["arguments"] for page in PAGES for match in SHOWN.finditer(page.read_text(encoding="utf-8"))]
+def shown(pages=PAGES):
+    """Return what pages show: the path of each thing, and its words by name."""
+    calls = [match["arguments"] for page in pages for match in SHOWN.finditer(page.read_text(encoding="utf-8"))]
     return {
         path: words_of(find(path), names) for path, *names in map(ast.literal_eval, [f"({call},)" for call in calls])
     }
 
 
 def words_of(thing, names=()):
-    """Return what there is to tell of a thing, by name: the thing, or what a class defines but for private names."""
+    """Return what there is to tell of a thing, by name.
+
+    Args:
+        thing: It is told itself; of a class, what it defines but for private names.
+        names: What to tell of a class instead, also of what it inherits.
+    """
     if not thing.is_class:
         return {thing.name: thing}
-    members = {name: member for name, member in thing.members.items() if not member.is_alias}
-    chosen = names or [name for name in members if name == "__call__" or not name.startswith("_")]
-    return {name: members[name] for name in chosen}
+    if names:
+        found = {name: thing.all_members[name] for name in names}
+        return {name: word.final_target if word.is_alias else word for name, word in found.items()}
+    own = {name: word for name, word in thing.members.items() if not word.is_alias}
+    return {name: word for name, word in own.items() if name == "__call__" or not name.startswith("_")}
 
 
 def description(word, owner=None):
-    """Return the first paragraph of what the source says of a word; of an attribute, maybe in the class's docstring."""
-    told = told_attributes(owner).get(word.name) if owner is not None else None
-    if told is None and word.docstring:
-        told = word.docstring.value.partition("\n\n")[0]
-    return " ".join((told or "").split())
+    """Return the first paragraph of what the source says of a word.
+
+    Of an attribute it may stand in the docstring of the class, or of the base that first has it.
+    """
+    told = word.docstring.value.partition("\n\n")[0] if word.docstring else ""
+    for kind in () if owner is None else (owner, *owner.mro()):
+        told = told or told_attributes(kind).get(word.name, "")
+    return " ".join(told.split())
 
 
 # How it is written
@@ -126,9 +138,9 @@ def print_section(section, word):
             print()
         case SECTIONS.returns:
             print(f"Returns: {' '.join(one_line(item.description) for item in section.value)}\n")
-        case SECTIONS.raises:
+        case SECTIONS.raises | SECTIONS.warns as kind:
             for item in section.value:
-                print(f"- Raises `{item.annotation}`: {one_line(item.description)}")
+                print(f"- {kind.value.capitalize()} `{item.annotation}`: {one_line(item.description)}")
             print()
         case SECTIONS.attributes:
             pass  # each stands with its declaration
