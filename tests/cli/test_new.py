@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 import sys
 
 import pytest
@@ -110,6 +112,55 @@ class TestRefused:
         result = run("ssf")
         assert result.exit_code == 1
         assert "pip install 'tunerkit[testing]'" in result.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the terminal is a pseudo-terminal of POSIX systems")
+class TestInATerminal:
+    """Copier asks what is not given; each question is answered by what a user types."""
+
+    QUESTIONS = ("What does the method do", "Its name", "in one line", "Who holds")
+
+    @pytest.fixture
+    def talk(self, tmp_path):
+        import pty
+
+        def talk(*answers):
+            ours, theirs = pty.openpty()
+            command = [sys.executable, "-m", "tunerkit", "new", "my-method"]
+            asked = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=tmp_path)
+            os.close(theirs)
+            said, waiting = b"", list(zip(self.QUESTIONS, answers, strict=False))
+            with asked:
+                while part := read(ours):
+                    said += part
+                    if b"\x1b[6n" in part:  # where is the cursor?
+                        os.write(ours, b"\x1b[1;1R")
+                    if waiting and waiting[0][0].encode() in said:
+                        os.write(ours, waiting.pop(0)[1])
+            os.close(ours)
+            return asked.returncode, said.decode()
+
+        return talk
+
+    def test_questions(self, talk, tmp_path):
+        code, said = talk(b"\x1b[B\r", b"\r", b"\x15Shifts and scales\r", b"\r")
+        assert code == 0, said
+        folder = tmp_path / "tunerkit-my-method"
+        assert 'description = "Shifts and scales"' in (folder / "pyproject.toml").read_text(encoding="utf-8")
+        assert "self.my_method_scale" in (folder / "tunerkit_my_method" / "adapter.py").read_text(encoding="utf-8")
+
+    def test_broken_off(self, talk, tmp_path):
+        code, said = talk(b"\r", b"\x03")
+        assert code == 1
+        assert "Nothing was written to 'tunerkit-my-method': the questions were broken off." in said
+        assert list(tmp_path.iterdir()) == []
+
+
+def read(terminal):
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # how Linux says that nobody writes any more
+        return b""
 
 
 @pytest.mark.parametrize(

@@ -69,12 +69,15 @@ def _range() -> str:
 def _fill_in(folder: Path, answers: dict[str, str], *, ask: bool) -> None:
     try:
         from copier import run_copy  # noqa: PLC0415 - of the extra, and slow
-        from copier.errors import CopierError  # noqa: PLC0415
+        from copier.errors import CopierAnswersInterrupt, CopierError  # noqa: PLC0415
     except ModuleNotFoundError as error:
         msg = "tunerkit new needs copier, which is not installed: pip install 'tunerkit[testing]'"
         raise click.ClickException(msg) from error
     try:
         run_copy(str(TEMPLATE), folder, data=answers, defaults=not ask, quiet=True)
+    except CopierAnswersInterrupt as error:
+        msg = f"Nothing was written to '{folder}': the questions were broken off."
+        raise click.ClickException(msg) from error
     except (OSError, ValueError, CopierError) as error:
         msg = f"Nothing was written to '{folder}': {error}"
         raise click.ClickException(msg) from error
