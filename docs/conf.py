@@ -18,7 +18,8 @@ exclude_patterns = [".*", "tests", "tunerkit"]  # not even looked through
 
 html_theme = "furo"
 html_title = "tunerkit"
-html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 html_extra_path = ["root"]  # what leads from the top of the site to its first page
 
 nitpicky = True
