@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tunerkit.adapter import Adapter, AdditiveAdapter, Part, linear
+from tunerkit.errors import AdapterStateError
 from tunerkit.sites import LinearSite
 
 
@@ -89,6 +90,16 @@ class TestAdapter:
         expected = site.bias + 1 if bias else torch.ones(4)
         assert torch.equal(More(site).merged(site)[1], expected)
 
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_additive_as_a_product(self, bias):
+        class Outer(AdditiveAdapter):
+            def product(self, base):
+                return torch.ones(base.out_features, 1), torch.ones(1, base.in_features), 0.5
+
+        site = LinearSite(nn.Linear(5, 4, bias=bias))
+        assert torch.equal(Outer(site, None).delta(site), torch.full((4, 5), 0.5))
+        assert torch.equal(Outer(site, None).merged(site)[0], site.weight + 0.5)
+
     def test_part(self, site):
         part = Part([site], None)
         assert part.entries == part.exposes == ()
@@ -98,6 +109,41 @@ class TestAdapter:
         assert adapter.part is part
         assert list(adapter.named_parameters()) == [("toy_plus", adapter.toy_plus)]
         assert list(adapter.children()) == []
+
+
+class Scaled(Plus):
+    settings = ("scale",)
+
+    def __init__(self, site, scale):
+        super().__init__(site)
+        self.scale = scale
+
+
+class TestTake:
+    def test_the_others_numbers_in_the_same_tensors(self, site):
+        mine, other = Scaled(site, 2.0), Scaled(site, 3.0)
+        tensor = mine.toy_plus
+        mine.take(other)
+        assert mine.toy_plus is tensor
+        assert torch.equal(tensor, other.toy_plus)
+        assert mine.scale == 3.0
+
+    def test_other_shapes(self, site):
+        mine, other = Scaled(site, 2.0), Scaled(LinearSite(nn.Linear(3, 2)), 3.0)
+        before = mine.toy_plus.detach().clone()
+        with pytest.raises(AdapterStateError, match=r"'toy_plus' is \(6,\) there and \(20,\) here"):
+            mine.take(other)
+        assert torch.equal(mine.toy_plus, before)
+        assert mine.scale == 2.0
+
+    def test_room_for_settings(self, site):
+        adapter = Scaled(site, 2.0)
+        adapter.make_room(None, site.device)
+        scale = adapter.scale
+        assert torch.equal(scale, torch.tensor(2.0))
+        adapter.take(Scaled(site, 3.0))
+        assert adapter.scale is scale
+        assert scale == 3.0
 
 
 class TestLinear:

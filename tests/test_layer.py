@@ -8,7 +8,7 @@ from torch import nn
 
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapter import Adapter
-from tunerkit.errors import AdapterWarning
+from tunerkit.errors import AdapterStateError, AdapterWarning, MergeError
 from tunerkit.layer import BaseTunerLayer, original, stack_at, tuner_layers
 from tunerkit.route import Owner
 from tunerkit.sites import make_site
@@ -77,6 +77,17 @@ class Renamed(nn.Module, BaseTunerLayer):
         self.inner = inner
 
 
+class Refusing(Written):
+    """A layer that has something against what it is asked for."""
+
+    def check_together(self, names):
+        if len(names) > 1:
+            raise AdapterStateError("one at a time")
+
+    def check_merge(self, names):
+        raise MergeError("never")
+
+
 class WrittenToy(Written, ToyLayer):
     pass
 
@@ -122,6 +133,10 @@ class TestThreeStates:
         assert not layer.merged
         assert list(layer.merged_adapters) == []
         assert layer.is_pluggable
+
+    def test_what_it_holds(self, layer):
+        assert layer.holds("b")
+        assert not layer.holds("missing")
 
     def test_set_adapter(self, layer):
         layer.set_adapter("b")
@@ -242,6 +257,27 @@ class TestWrittenByHand:
         assert layer.adapter_tensors("a")["hand_vector"] is layer.hand_vector["a"]
         assert layer.adapter_tensors("missing") == {}
 
+    def test_names_of_tensors(self):
+        layer = written("a")
+        names = {name for name, _ in layer.named_parameters() if "base_layer" not in name}
+        names |= {name for name, _ in layer.named_buffers()}
+        assert {layer.tensor_name(key, "a") for key in layer.adapter_tensors("a")} == names
+
+    def test_tensors_of_low_precision_become_float32(self):
+        layer = written("a", "b").bfloat16()
+        vector = layer.hand_vector["a"]
+        layer.cast_up("a")
+        assert layer.hand_vector["a"] is vector
+        assert {tensor.dtype for tensor in layer.adapter_tensors("a").values()} == {torch.float32, torch.int64}
+        assert layer.hand_vector["b"].dtype is torch.bfloat16
+
+    def test_it_may_refuse_adapters_together(self):
+        layer = written("a", "b", kind=Refusing)
+        with pytest.raises(AdapterStateError, match="one at a time"):
+            layer.set_adapter(["a", "b"])
+        assert layer.active_adapters == ["default"]
+        written("a", "b").check_together(["a", "b"])
+
     def test_only_parameters_of_its_own_train(self):
         layer = written("a", "b")
         layer.set_adapter("a")
@@ -286,6 +322,10 @@ class TestWrittenByHand:
         other.set_adapter("b")
         assert trained(layer) == []
         assert trained(other) == ["b"]
+
+    def test_its_kind_is_not_known(self):
+        assert written("a").site_kind is None
+        assert adapted("a").site_kind == "linear"
 
     def test_one_active_name_as_text(self):
         layer = Written(nn.Linear(4, 3))

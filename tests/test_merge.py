@@ -81,6 +81,15 @@ class TestMerge:
             model.merge_adapter(["two"])
         assert before.differences(model) == []
 
+    def test_adapters_that_commute_may_be_merged_in_any_order(self, model):
+        model.set_adapter(["one"])
+        model.add_adapter("three", LoraConfig(r=2, target_modules=["0"]))
+        model.set_adapter(["one", "three"])
+        move(model, "three")
+        output = run(model)
+        model.merge_adapter(["three"])
+        torch.testing.assert_close(run(model), output)
+
     def test_safe_merge_refuses_nan_everywhere(self, model):
         spoil(model, "one")
         before = Snapshot.of(model)
@@ -331,6 +340,31 @@ class TestByHand:
             assert same_bits(run(model), output)
         else:
             torch.testing.assert_close(run(model.merge_and_unload()), output)
+
+    def test_merging_for_good_says_what_stands_in_for_what(self, model, monkeypatch):
+        def merge_for_good(layer, names):
+            old = layer.base_layer.weight
+            layer.merge(adapter_names=names)
+            layer.base_layer.weight = nn.Parameter(old.detach().clone(), requires_grad=False)
+            return [(old, layer.base_layer.weight)]
+
+        monkeypatch.setattr(Hand, "merge_for_good", merge_for_good)
+        if not isinstance(model.get_base_model()[2], Bare):
+            output = run(model)
+            plain = model.merge_and_unload()
+            torch.testing.assert_close(run(plain), output)
+            assert plain[0].weight.requires_grad
+
+    def test_may_refuse_before_anything_is_done(self, model, monkeypatch):
+        def check_merge(layer, names):
+            raise MergeError("not these")
+
+        monkeypatch.setattr(Hand, "check_merge", check_merge)
+        before = Snapshot.of(model)
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(MergeError, match="not these"):
+                merge()
+        assert before.differences(model) == []
 
     def test_all_or_none(self, model):
         before, output = Snapshot.of(model), run(model)

@@ -462,6 +462,17 @@ class TestSettings:
 
 
 class TestHooks:
+    def test_prepare_that_completes_the_config(self, model, offer):
+        def complete(peft_config, model_config):
+            peft_config.target_modules = {"custom": ["head"]}[model_config["model_type"]]
+            return peft_config
+
+        config = offer(_prepare_adapter_config=complete)()
+        found = tunerkit.plan(model, config)
+        assert found.adapted == ["head"]
+        assert found.config.target_modules == ["head"]
+        assert config.target_modules is None
+
     def test_prepare_that_returns_something_else(self, model, offer):
         config = offer(_prepare_adapter_config=lambda peft_config, model_config: ["x"])(target_modules=["head"])
         with pytest.raises(

@@ -14,9 +14,10 @@ from toys import bottleneck, hooks_by_hand, parameters, registered, rotation, sh
 
 from tunerkit import get_peft_model, inject_adapter_in_model, use_rows
 from tunerkit.adapter import Adapter, Part
-from tunerkit.alike import _alike
+from tunerkit.alike import _alike, run_alike, run_each
 from tunerkit.errors import AdapterNameError, ConfigError, RouteError, UnknownAdapterError
 from tunerkit.rows import BASE, Groups, Rows, rows_of, split_rows
+from tunerkit.sites import make_site
 from tunerkit.testing.bench import Snapshot, difference, move
 from tunerkit.testing.models import SAMPLES
 from tunerkit_ia3 import IA3Config
@@ -315,6 +316,13 @@ class TestAlike:
             layer._adapters[name] = adapter
         layer._settle()
         check(model, x, rows)
+
+    def test_run_each_gives_the_same_without_stacking(self, x, monkeypatch):
+        adapters, groups = self.adapters(make(*ia3s())), Groups.of(["b", "a", "a", "b", "c"])
+        site = make_site(nn.Linear(6, 8))
+        expected = run_alike(adapters, x, site, groups)
+        monkeypatch.setattr(torch, "stack", None)
+        assert torch.allclose(run_each(adapters, x, site, groups), expected, atol=1e-6)
 
     def test_error_of_a_method_is_shown(self, x, monkeypatch):
         def fail(adapter, x, below):

@@ -340,6 +340,38 @@ class TestCallsOfMethods:
         assert apart(model(X), make_base()(X))
 
 
+class TestMethods:
+    def test_are_those_of_the_adapters(self):
+        tuner = BaseTuner(make_base(), lora())
+        assert tuner.methods == {"lora"}
+        tuner.peft_config["b"] = ia3()
+        tuner.inject_adapter(tuner.model, "b")
+        assert tuner.methods == {"lora", "ia3"}
+        tuner.set_adapter("b")
+        tuner.delete_adapter("adapter")
+        assert tuner.methods == {"ia3"}
+
+    def test_a_class_may_have_targets_by_the_models_type(self):
+        class Targeting(BaseTuner):
+            target_module_mapping = {"small": ["0"]}  # noqa: RUF012 - as PEFT's classes have it
+
+        base = make_base()
+        base.config = {"model_type": "small"}
+        register("call-a", types.SimpleNamespace(method=Method(ConfigA, Scale, tuner=Targeting)))
+        try:
+            assert Targeting(base, ConfigA()).targeted_module_names == ["0"]
+        finally:
+            plugins.unregister("call-a")
+
+
+def test_a_plan_changes_nothing():
+    tuner = LoraModel(make_base(), lora("0"))
+    before = Snapshot.of(tuner)
+    assert tuner.plan(ia3("3")).adapted == ["3"]
+    assert tuner.plan(lora("2"), {"3.lora_A.weight": torch.ones(2, 4)}).adapted == ["3"]
+    assert before.differences(tuner) == []
+
+
 class TestDelete:
     def test_last_one_gives_the_original_layers_back(self):
         base = make_base()

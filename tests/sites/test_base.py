@@ -15,6 +15,7 @@ from tunerkit.sites import (
     ParameterSite,
     Site,
     in_words,
+    is_making_on_meta,
     make_on_meta,
     make_site,
     site_class,
@@ -162,6 +163,17 @@ class TestSite:
         assert (moved.module, moved.name, type(moved)) == (other, "path", LinearSite)
         assert site.module is not other
 
+    def test_other_parameters_for_one_call(self):
+        layer, x = nn.Conv2d(3, 4, 2), torch.randn(2, 3, 5, 5)
+        site, before = Site(layer, "path"), state_of(layer)
+        assert (site.weight_name, site.bias_name) == ("weight", "bias")
+        tensors = site.fitted(torch.zeros(4, 12), torch.ones(4))
+        assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"weight": (4, 3, 2, 2), "bias": (4,)}
+        other = site.with_parameters(tensors)
+        assert (type(other), other.name) == (Site, "path")
+        assert torch.equal(other(x), torch.ones(2, 4, 4, 4))
+        assert_untouched(layer, before)
+
     def test_in_the_form_in_which_it_is_stored(self):
         site = Site(nn.Conv2d(3, 4, 2, dtype=torch.bfloat16))
         stored = site.to_stored(torch.ones(4, 12), None)
@@ -241,6 +253,10 @@ class TestNewTensors:
         layer = nn.Linear(5, 4)
         layer._parameters["weight"] = nn.Parameter(torch.ones(4, 5, dtype=torch.int8), requires_grad=False)
         assert Site(layer).zeros(2).dtype is torch.float32
+
+    def test_meta_is_known(self):
+        assert make_on_meta(is_making_on_meta)
+        assert not is_making_on_meta()
 
     def test_meta_in_one_thread_only(self):
         seen = []

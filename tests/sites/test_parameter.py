@@ -42,6 +42,21 @@ class TestByItself:
         assert site.bias is None
         assert site.owner is experts
 
+    def test_its_names(self, experts):
+        site = make_site(experts, "moe", "down")
+        assert (site.parameter_name, site.read, site.settings_name) == ("down", ("down",), "moe.down")
+
+    def test_another_module_in_its_place(self, experts):
+        other = Experts()
+        moved = make_site(experts, "moe", "up").at(other)
+        assert (moved.name, moved.parameter_name) == ("moe", "up")
+        assert moved.weight is other.up
+
+    def test_fitted_is_the_very_tensor_where_its_form_is_right(self, experts):
+        site, weight = make_site(experts, "moe", "down"), torch.randn(6, 5)
+        assert site.fitted(weight, None)["down"] is weight
+        assert site.fitted(weight.double().flatten(), None)["down"].shape == (6, 5)
+
     @pytest.mark.parametrize("name", ["up", "down"])
     def test_run(self, experts, x, name):
         site = make_site(experts, "moe", name)
@@ -75,6 +90,7 @@ class TestNested:
         state = dict(layers[0].__dict__)
         wanted = torch.func.functional_call(experts, {"down": weight}, (x, 1))
         assert torch.equal(layers[1].site.run(x, weight, None, 1), wanted)
+        assert torch.equal(layers[1].site.with_parameters({"down": weight}).module(x, 1), wanted)
         assert layers[0].base_layer is experts
         assert layers[0].__dict__ == state
 

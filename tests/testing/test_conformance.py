@@ -210,6 +210,16 @@ class TestModels:
             assert bench.config().target_modules == {"layer"}
             Case().test_merge_keeps_the_output(bench, safe=True)
 
+    def test_what_counts_as_equal(self, tmp_path):
+        class Strict(MethodConformance):
+            pass
+
+        class Lax(MethodConformance):
+            tolerance = 0.1
+
+        one = torch.ones(2)
+        assert [Bench(case(), "linear", tmp_path).same(one, one + 0.01) for case in (Strict, Lax)] == [False, True]
+
     def test_first_tensor_of_what_models_return(self):
         tensor = torch.zeros(2)
         for outputs in (tensor, (tensor, 1), [[tensor]], {"logits": tensor, "more": None}):
