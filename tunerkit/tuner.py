@@ -56,11 +56,6 @@ class BaseTuner(HookCalls, RoutedModel):
         autocast_adapter_dtype: Make the adapter's tensors float32 where the base is of lower precision.
 
     Attributes:
-        model: The base model.
-        peft_config: The completed configs by adapter name.
-        config: The base model's own config, or a dict that says it has none.
-        targeted_module_names: The paths of the modules that are adapted.
-        targeted_parameter_names: The paths of the parameters that are adapted by themselves.
         prefix: What the names of the method's entries start with.
         tuner_layer_cls: The method's layer class.
         target_module_mapping: The default target modules by the model's type.
@@ -133,7 +128,12 @@ class BaseTuner(HookCalls, RoutedModel):
     # Putting adapters in and taking them out
 
     def plan(self, config: PeftConfig, state_dict: dict[str, Tensor] | None = None) -> Plan:
-        """Decide which modules an adapter with this config would go to; nothing is changed."""
+        """Decide which modules an adapter with this config would go to; nothing is changed.
+
+        Args:
+            config: The adapter's config.
+            state_dict: A checkpoint's tensors, to go where they say rather than where the config says.
+        """
         face = self._face_for(config)
         declared = _declared(face, config)
         entries, kinds = (declared.entries, declared.kinds) if declared is not None else ((), frozenset())

@@ -3,7 +3,7 @@
 import pytest
 from cogapp import Cog
 from messages import is_known
-from reference import PAGES, description, find, read, shown, signature, tests, words_of
+from reference import PAGES, description, find, read, shown, signature, tests_by_word, words_of
 from reference.__main__ import START
 
 from tunerkit.plugins.checks import hook_arguments
@@ -26,13 +26,13 @@ def test_a_word_is_documented(path, name):
 
 @pytest.mark.parametrize(("path", "name"), WORDS)
 def test_a_word_has_a_test(path, name):
-    named = tests().get(path, {}).get(name, [])
+    named = tests_by_word().get(path, {}).get(name, [])
     assert named, "name one in tests/reference/tests.toml"
     assert [test for test in named if not is_known(test)] == []
 
 
 def test_no_other_word_is_named():
-    assert {(path, name) for path, words in tests().items() for name in words} <= set(WORDS)
+    assert {(path, name) for path, words in tests_by_word().items() for name in words} <= set(WORDS)
 
 
 def test_every_hook_is_shown():
@@ -79,6 +79,28 @@ class A(B):
 
     def _private(self): ...
 """
+
+
+def test_a_word_is_not_told_again_without_a_reason(tmp_path):
+    again = """
+class A:
+    b: ClassVar[int] = 1
+    \"\"\"B.\"\"\"
+    c: ClassVar[int] = 1
+    \"\"\"C.\"\"\"
+
+class D(A):
+    \"\"\"D.
+
+    Attributes:
+        c: Another.
+    \"\"\"
+    b: ClassVar[int] = 2
+    c: ClassVar[int] = 2
+    e: ClassVar[int] = 2
+"""
+    (tmp_path / "again.py").write_text(again, encoding="utf-8")
+    assert list(words_of(read("again", tmp_path)["D"])) == ["c", "e"]
 
 
 def test_what_is_read_of_a_class(tmp_path):

@@ -36,7 +36,7 @@ def read(package, folder):
 
 
 @functools.cache
-def tests():
+def tests_by_word():
     return tomllib.loads((Path(__file__).parent / "tests.toml").read_text(encoding="utf-8"))
 
 
@@ -56,12 +56,25 @@ def shown():
 
 
 def words_of(thing, names=()):
-    """Return what there is to tell of a thing, by name: the thing, or what a class defines but for private names."""
+    """Return what there is to tell of a thing, by name: the thing, or a class's public members.
+
+    Of these, what a base class tells of is left out, unless the class itself has something to say of it.
+    """
     if not thing.is_class:
         return {thing.name: thing}
     members = {name: member for name, member in thing.members.items() if not member.is_alias}
-    chosen = names or [name for name in members if name == "__call__" or not name.startswith("_")]
+    chosen = names or [
+        name
+        for name, member in members.items()
+        if (name == "__call__" or not name.startswith("_")) and not is_told_above(member, thing)
+    ]
     return {name: members[name] for name in chosen}
+
+
+def is_told_above(word, owner):
+    """Return whether a base class tells of a word to which the class that gives it again has nothing to add."""
+    above = [(base.members[word.name], base) for base in owner.mro() if word.name in base.members]
+    return not description(word, owner) and any(description(*one) for one in above)
 
 
 def description(word, owner=None):
@@ -210,5 +223,5 @@ def one_line(text):
 
 
 def tests_of(path, name):
-    named = tests().get(path, {}).get(name, [])
+    named = tests_by_word().get(path, {}).get(name, [])
     return f" Shown by {', '.join(f'`{test}`' for test in named)}." if named else ""

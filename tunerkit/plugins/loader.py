@@ -70,6 +70,9 @@ class LoadedMethod:
         """Return a hook as a function of all of its arguments, in their order, that is called many times.
 
         Where one function answers, it is called without pluggy's loop.
+
+        Args:
+            name: The hook's name.
         """
         hook: pluggy.HookCaller = getattr(self.manager.hook, name)
         names, answers = hook_arguments()[name], hook.get_hookimpls()

@@ -54,5 +54,9 @@ class Method:
         return tuple(dict.fromkeys(entry for adapter in self.adapters for entry in adapter.entries))
 
     def adapter_for(self, kind: str) -> type[Adapter]:
-        """Return the adapter class for a kind of site, one of `kinds`."""
+        """Return the adapter class for a kind of site: the first that adapts it.
+
+        Args:
+            kind: One of `kinds`.
+        """
         return next(adapter for adapter in self.adapters if kind in adapter.kinds)
