@@ -100,7 +100,7 @@ def run_alike(adapters: Sequence[Adapter], x: Tensor, below: Below, groups: Grou
 
 
 def run_each(adapters: Sequence[Adapter], x: Tensor, below: Below, groups: Groups) -> Any:
-    """Return what `Adapter.forward_rows` does, with the adapters run one after the other rather than alike ones at once.
+    """Return what `Adapter.forward_rows` does, with the adapters run one after the other, alike or not.
 
     This is for those whose tensors are so large that stacking them costs more than running them.
 

@@ -3,7 +3,7 @@
 import pytest
 from cogapp import Cog
 from messages import is_known
-from reference import PAGES, description, find, read, shown, signature, tests_by_word, words_of
+from reference import PAGES, description, find, named_tests, read, shown, signature, words_of
 from reference.__main__ import START
 
 from tunerkit.plugins.checks import hook_arguments
@@ -26,13 +26,13 @@ def test_a_word_is_documented(path, name):
 
 @pytest.mark.parametrize(("path", "name"), WORDS)
 def test_a_word_has_a_test(path, name):
-    named = tests_by_word().get(path, {}).get(name, [])
+    named = named_tests().get(path, {}).get(name, [])
     assert named, "name one in tests/reference/tests.toml"
     assert [test for test in named if not is_known(test)] == []
 
 
 def test_no_other_word_is_named():
-    assert {(path, name) for path, words in tests_by_word().items() for name in words} <= set(WORDS)
+    assert {(path, name) for path, words in named_tests().items() for name in words} <= set(WORDS)
 
 
 def test_every_hook_is_shown():

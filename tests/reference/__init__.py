@@ -36,7 +36,7 @@ def read(package, folder):
 
 
 @functools.cache
-def tests_by_word():
+def named_tests():
     return tomllib.loads((Path(__file__).parent / "tests.toml").read_text(encoding="utf-8"))
 
 
@@ -223,5 +223,5 @@ def one_line(text):
 
 
 def tests_of(path, name):
-    named = tests_by_word().get(path, {}).get(name, [])
+    named = named_tests().get(path, {}).get(name, [])
     return f" Shown by {', '.join(f'`{test}`' for test in named)}." if named else ""
