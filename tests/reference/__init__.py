@@ -97,7 +97,8 @@ def show(path, *names):
     """
     thing = find(path)
     words = words_of(thing, names)
-    print_word(3, thing.name, thing, path, imported=f"from {path.rpartition('.')[0]} import {thing.name}\n\n")
+    gap = "\n" * (3 if thing.is_class else 2)  # what the formatter wants where it can read the code
+    print_word(3, thing.name, thing, path, imported=f"from {path.rpartition('.')[0]} import {thing.name}{gap}")
     if not thing.is_class:
         return
     attributes = [word for word in words.values() if is_plain_attribute(word)]
@@ -155,10 +156,12 @@ def signature(word):
     if word.is_class:
         bases = ", ".join(map(str, word.bases))
         line = f"class {word.name}({bases}):" if bases else f"class {word.name}:"
+        if len(line) > WIDTH:
+            line = f"class {word.name}(\n" + "".join(f"    {base},\n" for base in word.bases) + "):"
         own = word.members.get("__init__")
         is_written = own is not None and own.is_function and own.lineno is not None and own.lineno > word.lineno
-        inner = textwrap.indent(signature(own), "    ") if is_written else "    ..."
-        return f"{decorators(word)}{line}\n{inner}"
+        inner = f"\n{textwrap.indent(signature(own), '    ')}" if is_written else " ..."
+        return f"{decorators(word)}{line}{inner}"
     if word.is_attribute:
         return f"@property\ndef {word.name}(self) -> {word.annotation}" if is_property(word) else declaration(word)
     returns = f" -> {word.returns}" if word.returns is not None else ""
