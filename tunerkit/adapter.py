@@ -138,10 +138,10 @@ class Adapter(LeanModule):
         self.__dict__["part"] = part
 
     def tie(self, other: object) -> None:
-        """Share the tensors of the new adapter of a module that holds the same weight; called before either is used.
+        """Take the tensors of another new adapter for its own: that of a module that holds the same weight.
 
-        What is trained then stays one, as the weight is: an output layer gives the tokens the vectors that the input
-        embedding gives them.
+        It is called before either is used. What is trained is then one, as the weight is: an output layer gives the
+        tokens the vectors that the input embedding gives them.
 
         Args:
             other: The other module's adapter, or whatever its method put in there.
@@ -268,7 +268,7 @@ class AdditiveAdapter(Adapter):
             base: The bare layer.
 
         Returns:
-            ``L``, rows x r, ``R``, r x columns, and ``s``, a number: ``s L R`` has the form of `base.weight`.
+            `L`, rows x r, `R`, r x columns, and `s`, a number: `s L R` is a matrix in the form of `base.weight`.
         """
         del base
         return None

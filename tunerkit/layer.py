@@ -154,7 +154,7 @@ class BaseTunerLayer(metaclass=MethodMeta):
         return tensors
 
     def tensor_name(self, key: str, name: str) -> str:
-        """Return what a tensor of an adapter is called below the layer: the adapter's name is in it."""
+        """Return what a tensor, given by its key in `adapter_tensors`, is called here: the adapter's name is in it."""
         return entry_name(key, name)
 
     def cast_up(self, name: str) -> None:

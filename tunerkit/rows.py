@@ -30,8 +30,8 @@ class Groups:
     Attributes:
         names: The adapters, each once, sorted.
         sizes: How many rows each has.
-        order: The row in each slot.
-        slot_of: The slot of each row.
+        order: The row in each slot, int64, on the CPU.
+        slot_of: The slot of each row, int64, on the CPU.
     """
 
     __slots__ = ("_on_device", "_parts", "names", "order", "sizes", "slot_of")

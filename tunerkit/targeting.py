@@ -77,7 +77,7 @@ def match_target(config: PeftConfig, key: str) -> str | re.Match[str] | None:
         key: The module's path in the model.
 
     Returns:
-        The entry of `target_modules`, or the match of the pattern that it is.
+        The entry of `target_modules` that matches, or the match where `target_modules` is one pattern.
     """
     if match_name(getattr(config, "exclude_modules", None), key) is not None:
         return None

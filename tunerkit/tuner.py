@@ -50,7 +50,7 @@ class BaseTuner(HookCalls, RoutedModel):
     Args:
         model: The base model. Its layers are replaced in place.
         peft_config: The adapter's config, or several by adapter name, of which one is put in.
-        adapter_name: Which; with a dict that does not have it, the dict's only entry.
+        adapter_name: The adapter's name, and which of several configs is meant; if none has it, the only one.
         low_cpu_mem_usage: Make the adapter's tensors on the meta device, to be filled by a checkpoint.
         state_dict: A checkpoint's tensors, to go where they say rather than where the config says.
         autocast_adapter_dtype: Make the adapter's tensors float32 where the base is of lower precision.
@@ -325,7 +325,7 @@ class BaseTuner(HookCalls, RoutedModel):
         return self.find_call(name, self.model)
 
     def find_call(self, name: str, otherwise: nn.Module) -> Any:
-        """Return what an adapter's method offers under a name, or an attribute of something else if none does.
+        """Return what an adapter's method offers under a name, or else the attribute of that name of `otherwise`.
 
         Raises:
             AdapterStateError: Adapters of several methods offer it.

@@ -24,7 +24,7 @@ API_VERSION = 1
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
-"""Marks a function of a plugin as what it has to say to the hook of that name; `wrapper=True` as one around others."""
+"""Marks a plugin's function as its answer to the hook of that name; with `wrapper=True`, as what runs around an answer."""
 
 
 @hookspec(firstresult=True)

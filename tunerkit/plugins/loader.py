@@ -67,7 +67,7 @@ class LoadedMethod:
         return self.manager.hook
 
     def caller(self, name: str) -> Callable[..., Any]:
-        """Return a hook as a function of all of its arguments, in their order, that is called many times.
+        """Return a hook as a function that takes all of its arguments by position, for code that calls it often.
 
         Where one function answers, it is called without pluggy's loop.
 

@@ -168,7 +168,7 @@ class Site:
 
     @classmethod
     def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:
-        """Return the names of the parameters that are each adapted by themselves; none if the layer is as a whole."""
+        """Return the names of the parameters that are adapted one by one; none if the layer is adapted as a whole."""
         del module
         return ()
 
