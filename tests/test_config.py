@@ -254,7 +254,8 @@ class TestDicts:
 
 class TestFiles:
     def test_round_trip(self, toy, tmp_path):
-        config = toy(target_modules=["b", "a"], rank=7, names={"x": 1}, task_type="SEQ_CLS", dropout=0.25)
+        settings = {"task_type": "SEQ_CLS", "auto_mapping": {"base_model_class": "X"}, "revision": "main"}
+        config = toy(target_modules=["b", "a"], rank=7, names={"x": 1}, dropout=0.25, **settings)
         config.save_pretrained(tmp_path / "new" / "folder")
         assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["adapter_config.json"]
         written = json.loads((tmp_path / "new" / "folder" / "adapter_config.json").read_text(encoding="utf-8"))

@@ -44,6 +44,10 @@ class Adapter(LeanModule):
             have adapters of their own; None if it does not.
         settings: The names of the plain numbers that `forward` reads and that the config decides, such as a scaling.
         part: What this adapter shares with those of the same name at other sites, if the method has a `Part`.
+
+    Args:
+        site: The bare layer, which makes tensors of the right size, dtype and device (`Site.zeros`).
+        config: The completed config.
     """
 
     entries: ClassVar[tuple[str, ...]] = ()
@@ -71,7 +75,15 @@ class Adapter(LeanModule):
         raise NotImplementedError(msg)
 
     def forward(self, x: Tensor, below: Below) -> Tensor:
-        """Return the layer's output with this adapter; a subclass may have a cheaper way to the same result."""
+        """Return the layer's output with this adapter; a subclass may have a cheaper way to the same result.
+
+        Args:
+            x: The layer's input, ... x in for a linear layer. It must not be changed.
+            below: The layer with the adapters under this one; `below(x)` is its output.
+
+        Returns:
+            The output, of the shape and dtype of `below(x)`.
+        """
         return below.run(x, *self.merged(below))
 
     @classmethod
@@ -79,18 +91,26 @@ class Adapter(LeanModule):
         """Return the layer's output for a batch in which each row has one of several adapters.
 
         This calls the `forward` of each on its rows, of adapters that are alike at once. A subclass may have a cheaper
-        way to the same result; it is taken for subclasses of that which do not change `forward`.
+        way to the same result. Subclasses of that one go the cheaper way too, but for those that change `forward`,
+        `merged` or `delta`.
 
         Args:
             adapters: One for each group of rows, at least two.
             x: The layer's input, rows x ...
             below: The layer. What it is asked for with `x` itself is computed once.
             groups: The rows by adapter.
+
+        Returns:
+            The output, its rows in the order of those of `x`.
         """
         return run_alike(adapters, x, below, groups)  # type: ignore[no-any-return]
 
     def together(self, others: Sequence[Adapter]) -> str | None:
-        """Return why this adapter cannot be active on a layer together with these others, or None if it can."""
+        """Return why this adapter cannot be active on a layer together with these others, or None if it can.
+
+        Args:
+            others: The other adapters of the layer that are to be active, of whatever methods.
+        """
         del others
         return None
 
@@ -110,14 +130,18 @@ class Adapter(LeanModule):
             return any(_differ(*pair) for pair in zip(before, after, strict=True))
 
     def join(self, part: Part) -> None:
-        """Take in the part that all adapters of this name share; called once, before the adapter is used."""
+        """Take in the part that all adapters of this name share; called once, before the adapter is used.
+
+        Args:
+            part: The part, of the class that `Method.part` names. From then on it is `self.part`.
+        """
         self.__dict__["part"] = part
 
     def tie(self, other: object) -> None:
-        """Share the tensors of the new adapter of a module that holds the same weight; called before either is used.
+        """Take the tensors of another new adapter for its own: that of a module that holds the same weight.
 
-        What is trained then stays one, as the weight is: an output layer gives the tokens the vectors that the input
-        embedding gives them.
+        It is called before either is used. What is trained is then one, as the weight is: an output layer gives the
+        tokens the vectors that the input embedding gives them.
 
         Args:
             other: The other module's adapter, or whatever its method put in there.
@@ -135,6 +159,9 @@ class Adapter(LeanModule):
         """Take over the numbers and settings of another adapter of this class for the same site, in place.
 
         What holds the tensors meanwhile, a compiled model or an optimiser, goes on with the new numbers.
+
+        Args:
+            other: The adapter whose numbers are taken; it is left as it is.
 
         Raises:
             AdapterStateError: The tensors have other shapes; nothing was changed.
@@ -178,11 +205,18 @@ class Adapter(LeanModule):
         """Return this adapter's tensors in the form in which a checkpoint holds them, by their keys below the layer.
 
         Where that is the form in which it holds them itself, the very dict is returned.
+
+        Args:
+            tensors: The adapter's tensors by the names it has for them, such as `toy_up.weight`.
         """
         return tensors
 
     def from_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a checkpoint's tensors in the form in which this adapter holds them: `to_checkpoint` in reverse."""
+        """Return a checkpoint's tensors in the form in which this adapter holds them: `to_checkpoint` in reverse.
+
+        Args:
+            tensors: The checkpoint's tensors for this adapter, by their keys below the layer.
+        """
         return tensors
 
     def standalone(self, tensors: dict[str, Tensor], initial: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -201,7 +235,11 @@ class Adapter(LeanModule):
 
 
 class AdditiveAdapter(Adapter):
-    """A method that adds something to the weight: it defines `delta`, or `product` where that is one."""
+    """A method that adds something to the weight: it defines `delta`, or `product` where that is one.
+
+    Attributes:
+        commutes: What is added depends on the bare layer alone, so such adapters may be merged in any order.
+    """
 
     commutes: bool = True
 
@@ -230,7 +268,7 @@ class AdditiveAdapter(Adapter):
             base: The bare layer.
 
         Returns:
-            ``L``, rows x r, ``R``, r x columns, and ``s``, a number: ``s L R`` has the form of `base.weight`.
+            `L`, rows x r, `R`, r x columns, and `s`, a number: `s L R` is a matrix in the form of `base.weight`.
         """
         del base
         return None
@@ -259,7 +297,11 @@ class Part(nn.Module):
 
     Attributes:
         entries: The names of the attributes that hold its tensors, as they stand in a checkpoint's keys.
-        exposes: The names of methods that can be called on the model.
+        exposes: The names of the part's methods that can be called on the model.
+
+    Args:
+        sites: All sites of the adapter.
+        config: The completed config.
     """
 
     entries: ClassVar[tuple[str, ...]] = ()
@@ -270,7 +312,16 @@ class Part(nn.Module):
         super().__init__()
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the model for a call in which this adapter takes part; a subclass may do something before and after."""
+        """Run the model for a call in which this adapter takes part; a subclass may do something before and after.
+
+        Args:
+            call: The model's own call.
+            args: Its arguments.
+            kwargs: Its arguments by name.
+
+        Returns:
+            What `call` returned, or what is to be returned in its place.
+        """
         return call(*args, **kwargs)
 
 
@@ -294,5 +345,8 @@ def linear(weight: Tensor, bias: Tensor | None = None, *, trains: bool = True) -
         weight: The weight, out x in.
         bias: The bias, of size out, or None.
         trains: Whether they are to be trained.
+
+    Returns:
+        The layer. It holds these very tensors, so it has their dtype and device.
     """
     return Linear(weight, bias, trains=trains)

@@ -100,9 +100,15 @@ def run_alike(adapters: Sequence[Adapter], x: Tensor, below: Below, groups: Grou
 
 
 def run_each(adapters: Sequence[Adapter], x: Tensor, below: Below, groups: Groups) -> Any:
-    """Return what `run_alike` does, with the adapters run one after the other.
+    """Return what `Adapter.forward_rows` does, with the adapters run one after the other, alike or not.
 
     This is for those whose tensors are so large that stacking them costs more than running them.
+
+    Args:
+        adapters: One for each group.
+        x: The layer's input, rows x ...
+        below: The layer.
+        groups: The rows by adapter.
     """
     once, positions = Once(below, x), range(len(adapters))
     outputs = [_run_one(adapters[position], position, once, groups) for position in positions]

@@ -180,7 +180,7 @@ class PeftConfig:
         return copy.deepcopy(self)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `adapter_config.json` into a folder.
+        """Write `adapter_config.json` into a folder, which is made if it is not there.
 
         Raises:
             CheckpointError: The folder cannot be written.
@@ -229,7 +229,7 @@ class PeftConfig:
 
     @classmethod
     def from_peft_type(cls, /, **values: Any) -> PeftConfig:
-        """Make a config from a checkpoint's values, of the class that their `peft_type` names.
+        """Make a config from a checkpoint's values, of the class that their `peft_type`, or else this class, names.
 
         Raises:
             UnknownMethodError: No installed package offers the method.

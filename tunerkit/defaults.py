@@ -100,6 +100,16 @@ def find_site(
 ) -> Site:
     """Return the site for which `_create_and_replace` is to make an adapter, from what it is called with.
 
+    Args:
+        method: What the plugin declares.
+        peft_config: The completed config.
+        target: The module at that place; it may be a layer with adapters.
+        current_key: Its path in the model.
+        parameter_name: The parameter that is adapted, if it is not the whole module.
+
+    Returns:
+        The bare layer's site, of one of `method.kinds`.
+
     Raises:
         UnsupportedSiteError: The module is of a kind that the method does not adapt, or cannot be adapted at all.
     """

@@ -77,6 +77,8 @@ class BaseTunerLayer(metaclass=MethodMeta):
         adapter_layer_names: The names of the containers (by adapter) whose tensors can train.
         other_param_names: The names of other containers that hold something by adapter.
         frozen_peft_weight_names: The names of containers whose tensors stay frozen, by adapter.
+        merged_adapters: The names of the adapters that are merged into the base layer, in the order of merging.
+        base_layer: The layer on which the adapters stand, under this name unless `base_name` gives another.
         base_name: The name of the child on which the adapters stand.
         targeted: Whether adapters come here because their configs target the layer.
         replaces: Whether an adapter stands in for the base layer, which is then neither run nor changed.
@@ -152,7 +154,7 @@ class BaseTunerLayer(metaclass=MethodMeta):
         return tensors
 
     def tensor_name(self, key: str, name: str) -> str:
-        """Return what a tensor of an adapter is called below the layer: the adapter's name is in it."""
+        """Return what a tensor, given by its key in `adapter_tensors`, is called here: the adapter's name is in it."""
         return entry_name(key, name)
 
     def cast_up(self, name: str) -> None:
@@ -298,7 +300,7 @@ class BaseTunerLayer(metaclass=MethodMeta):
         return []
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the base layer."""
+        """Fold adapters into the base layer: those named, or else the active ones; a safe merge refuses NaN."""
         msg = f"{type(self).__name__} does not define merge, so its adapters cannot be merged."
         raise NotImplementedError(msg)
 

@@ -28,6 +28,9 @@ def add_low_rank(y: Tensor, x: Tensor, down: nn.Module, up: nn.Module, scaling: 
         down: The factor with weight rank x in.
         up: The factor with weight out x rank.
         scaling: The factor before the product; a tensor of one number where a compiled model must not depend on it.
+
+    Returns:
+        The sum, of the shape and dtype of `y`, which is not changed.
     """
     weights = plain_weights((down, up))
     if weights is None:
@@ -66,6 +69,9 @@ def add_low_rank_rows(
         ups: For each group its factor out x rank.
         scalings: The factors before the products.
         groups: The rows by adapter.
+
+    Returns:
+        The sum, of the shape and dtype of `y`, which is not changed.
     """
     ranks = [down.size(0) for down in downs]
     bank_a, bank_b = _bank(downs, ranks, dim=0).to(x.dtype), _bank(ups, ranks, dim=1).to(y.dtype)
@@ -96,7 +102,11 @@ def _add_in_banks(y: Tensor, x: Tensor, bank_a: Tensor, bank_b: Tensor, scales: 
 
 
 def plain_weights(factors: Iterable[nn.Module]) -> list[Tensor] | None:
-    """Return the weights of factors if products with them are all that calling the factors is, otherwise None."""
+    """Return the weights of factors if products with them are all that calling the factors is, otherwise None.
+
+    Args:
+        factors: The factors. One with a bias, a hook, or a `forward` other than that of `nn.Linear` has to be called.
+    """
     weights: list[Tensor] = []
     for factor in factors:
         parameters = plain_parameters(factor)

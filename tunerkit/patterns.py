@@ -99,7 +99,15 @@ def _patterns_of(settings: Mapping[str, object]) -> Patterns:
 
 
 def pattern_value(patterns: Mapping[str, Value] | None, path: str, default: Value) -> Value:
-    """Return the value of the first pattern that fits a module's path (see `Patterns`), or else the default."""
+    """Return the value of the first pattern that fits a module's path, or else the default.
+
+    A pattern is a regular expression. It fits a path if it matches the whole of it, or the end of it after a dot.
+
+    Args:
+        patterns: The values by pattern, such as a config's `rank_pattern`, or None.
+        path: The module's path: `Site.settings_name`.
+        default: The value where no pattern fits.
+    """
     if not patterns:
         return default
     found = _patterns_of(patterns).fitting(path)

@@ -30,8 +30,8 @@ class Groups:
     Attributes:
         names: The adapters, each once, sorted.
         sizes: How many rows each has.
-        order: The row in each slot.
-        slot_of: The slot of each row.
+        order: The row in each slot, int64, on the CPU.
+        slot_of: The slot of each row, int64, on the CPU.
     """
 
     __slots__ = ("_on_device", "_parts", "names", "order", "sizes", "slot_of")
@@ -46,7 +46,11 @@ class Groups:
 
     @classmethod
     def of(cls, by_row: Sequence[str]) -> Groups:
-        """Sort the rows of a batch, given the name of each row's adapter."""
+        """Sort the rows of a batch.
+
+        Args:
+            by_row: The name of each row's adapter.
+        """
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(by_row):
             rows.setdefault(name, []).append(row)
@@ -58,7 +62,11 @@ class Groups:
         return cls(names, [len(rows[name]) for name in names], _whole(order), _whole(slot_of))
 
     def only(self, positions: Sequence[int]) -> Groups:
-        """Return the groups at these positions as a batch of their own, already sorted."""
+        """Return the groups at these positions as a batch of their own, already sorted.
+
+        Args:
+            positions: Which groups, by position; these become the groups 0, 1, ... of the batch.
+        """
         key = tuple(positions)
         if key in self._parts and not torch.compiler.is_compiling():
             return self._parts[key]
@@ -76,11 +84,18 @@ class Groups:
             positions: Which groups, by position.
             device: Where the result is to be.
             size: To how many rows each group is filled up, by repeating its last; 0 leaves each as it is.
+
+        Returns:
+            The numbers of the rows, int64, for `index_select`: those of the first group first.
         """
         return self._kept(("rows", tuple(positions), device, size), device, lambda: self._rows(positions, size))
 
     def position_of_rows(self, device: torch.device) -> Tensor:
-        """Return for each row the position of its group."""
+        """Return for each row the position of its group, int64.
+
+        Args:
+            device: Where the result is to be.
+        """
         return self._kept(("positions", device), device, lambda: self._by_slot(self._positions()))
 
     def join(self, parts: Sequence[Sequence[int]], sizes: Sequence[int], outputs: Sequence[Any]) -> Any:

@@ -61,7 +61,13 @@ def setting(
 
 
 def unbuilt(default: Any = MISSING, *, factory: Any = MISSING, saved: bool = True) -> Any:
-    """Declare a field that PEFT has and this package has not built: known, and refused away from its default."""
+    """Declare a field that PEFT has and this package has not built: known, and refused away from its default.
+
+    Args:
+        default: The default value.
+        factory: What makes the default, for values that can change.
+        saved: Whether the setting is written into the checkpoint's config.
+    """
     return _field(default, factory, Rule(built=False, saved=saved))
 
 

@@ -69,7 +69,15 @@ def paths_above(path: str) -> Iterator[str]:
 def match_target(config: PeftConfig, key: str) -> str | re.Match[str] | None:
     """Return what of a config's targets matches a module's path, or None if nothing does or it is excluded.
 
-    Of a list of targets, an entry that is not the whole path means modules of the chosen layers only.
+    Where `layers_to_transform` chooses layers, an entry of a list of targets means modules of these layers only, unless
+    it is the module's whole path.
+
+    Args:
+        config: The completed config.
+        key: The module's path in the model.
+
+    Returns:
+        The entry of `target_modules` that matches, or the match where `target_modules` is one pattern.
     """
     if match_name(getattr(config, "exclude_modules", None), key) is not None:
         return None

@@ -50,17 +50,12 @@ class BaseTuner(HookCalls, RoutedModel):
     Args:
         model: The base model. Its layers are replaced in place.
         peft_config: The adapter's config, or several by adapter name, of which one is put in.
-        adapter_name: Which; with a dict that does not have it, the dict's only entry.
+        adapter_name: The adapter's name, and which of several configs is meant; if none has it, the only one.
         low_cpu_mem_usage: Make the adapter's tensors on the meta device, to be filled by a checkpoint.
         state_dict: A checkpoint's tensors, to go where they say rather than where the config says.
         autocast_adapter_dtype: Make the adapter's tensors float32 where the base is of lower precision.
 
     Attributes:
-        model: The base model.
-        peft_config: The completed configs by adapter name.
-        config: The base model's own config, or a dict that says it has none.
-        targeted_module_names: The paths of the modules that are adapted.
-        targeted_parameter_names: The paths of the parameters that are adapted by themselves.
         prefix: What the names of the method's entries start with.
         tuner_layer_cls: The method's layer class.
         target_module_mapping: The default target modules by the model's type.
@@ -133,7 +128,12 @@ class BaseTuner(HookCalls, RoutedModel):
     # Putting adapters in and taking them out
 
     def plan(self, config: PeftConfig, state_dict: dict[str, Tensor] | None = None) -> Plan:
-        """Decide which modules an adapter with this config would go to; nothing is changed."""
+        """Decide which modules an adapter with this config would go to; nothing is changed.
+
+        Args:
+            config: The adapter's config.
+            state_dict: A checkpoint's tensors, to go where they say rather than where the config says.
+        """
         face = self._face_for(config)
         declared = _declared(face, config)
         entries, kinds = (declared.entries, declared.kinds) if declared is not None else ((), frozenset())
@@ -325,7 +325,7 @@ class BaseTuner(HookCalls, RoutedModel):
         return self.find_call(name, self.model)
 
     def find_call(self, name: str, otherwise: nn.Module) -> Any:
-        """Return what an adapter's method offers under a name, or an attribute of something else if none does.
+        """Return what an adapter's method offers under a name, or else the attribute of that name of `otherwise`.
 
         Raises:
             AdapterStateError: Adapters of several methods offer it.

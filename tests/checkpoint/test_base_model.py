@@ -19,6 +19,12 @@ class Written(nn.Module, BaseTunerLayer):
         self.hand_A = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
 
 
+class Replacing(Written):
+    """One whose adapters stand in for the base layer."""
+
+    replaces = True
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -47,6 +53,12 @@ def test_paths_hold_the_layers_of_the_adapter_and_places_do_not_end_in_them():
         ("my_base_layer", "my_base_layer"),
         ("my_base_layer.0.inner", "my_base_layer.0"),
     ]
+
+
+def test_what_an_adapter_stands_in_for_is_none_of_its_base():
+    model = nn.ModuleDict({"head": Replacing(nn.Linear(2, 2), "a"), "body": nn.Linear(2, 2)})
+    modules = {name: [path for path, _, _ in base_modules(model, name) if path] for name in ("a", "b")}
+    assert modules == {"a": ["body"], "b": ["head", "body"]}
 
 
 def test_embeddings_are_looked_for_under_both_of_their_keys():

@@ -91,6 +91,28 @@ class A(B):
 """
 
 
+def test_a_word_is_not_told_again_without_a_reason(tmp_path):
+    again = """
+class A:
+    b: ClassVar[int] = 1
+    \"\"\"B.\"\"\"
+    c: ClassVar[int] = 1
+    \"\"\"C.\"\"\"
+
+class D(A):
+    \"\"\"D.
+
+    Attributes:
+        c: Another.
+    \"\"\"
+    b: ClassVar[int] = 2
+    c: ClassVar[int] = 2
+    e: ClassVar[int] = 2
+"""
+    (tmp_path / "again.py").write_text(again, encoding="utf-8")
+    assert list(words_of(read("again", tmp_path)["D"])) == ["c", "e"]
+
+
 def test_what_is_read_of_a_class(tmp_path):
     (tmp_path / "toy.py").write_text(TOY, encoding="utf-8")
     thing = read("toy", tmp_path)["A"]

@@ -61,7 +61,8 @@ def words_of(thing, names=()):
     """Return what there is to tell of a thing, by name.
 
     Args:
-        thing: It is told itself; of a class, what it defines but for private names.
+        thing: It is told itself; of a class, what it defines but for private names, and for those that a base class
+            tells of if the class itself has nothing to say of them.
         names: What to tell of a class instead, also of what it inherits.
     """
     if not thing.is_class:
@@ -70,18 +71,22 @@ def words_of(thing, names=()):
         found = {name: thing.all_members[name] for name in names}
         return {name: word.final_target if word.is_alias else word for name, word in found.items()}
     own = {name: word for name, word in thing.members.items() if not word.is_alias}
-    return {name: word for name, word in own.items() if name == "__call__" or not name.startswith("_")}
+    public = {name: word for name, word in own.items() if name == "__call__" or not name.startswith("_")}
+    return {name: word for name, word in public.items() if not is_told_above(word, thing)}
+
+
+def is_told_above(word, owner):
+    """Return whether a base class tells of a word to which the class that gives it again has nothing to add."""
+    above = [(base.members[word.name], base) for base in owner.mro() if word.name in base.members]
+    return not description(word, owner) and any(description(*one) for one in above)
 
 
 def description(word, owner=None):
-    """Return the first paragraph of what the source says of a word.
-
-    Of an attribute it may stand in the docstring of the class, or of the base that first has it.
-    """
-    told = word.docstring.value.partition("\n\n")[0] if word.docstring else ""
-    for kind in () if owner is None else (owner, *owner.mro()):
-        told = told or told_attributes(kind).get(word.name, "")
-    return " ".join(told.split())
+    """Return the first paragraph of what the source says of a word; of an attribute, maybe in the class's docstring."""
+    told = told_attributes(owner).get(word.name) if owner is not None else None
+    if told is None and word.docstring:
+        told = word.docstring.value.partition("\n\n")[0]
+    return " ".join((told or "").split())
 
 
 # How it is written
@@ -96,7 +101,8 @@ def show(path, *names):
     """
     thing = find(path)
     words = words_of(thing, names)
-    print_word(3, thing.name, thing, path, imported=f"from {path.rpartition('.')[0]} import {thing.name}\n\n\n")
+    gap = "\n" * (3 if thing.is_class else 2)  # what the formatter wants where it can read the code
+    print_word(3, thing.name, thing, path, imported=f"from {path.rpartition('.')[0]} import {thing.name}{gap}")
     if not thing.is_class:
         return
     attributes = [word for word in words.values() if is_plain_attribute(word)]

@@ -193,7 +193,9 @@ class TestSite:
         assert torch.allclose(found, site(x * scale), atol=1e-6)
 
     def test_shape_in_which_it_is_stored(self):
-        assert Site(nn.Conv2d(3, 4, 2)).as_stored(torch.ones(4, 12, dtype=torch.float64)).shape == (4, 3, 2, 2)
+        site = make_site(nn.Conv2d(3, 4, 2))
+        assert site.weight.shape == (4, 12)
+        assert torch.equal(site.as_stored(site.weight), site.module.weight)
         assert Site(nn.Conv2d(3, 4, 2)).as_stored(torch.ones(4, 12, dtype=torch.float64)).dtype is torch.float64
 
 
@@ -235,6 +237,7 @@ class TestNewTensors:
         assert torch.equal(site.zeros(2, 3), torch.zeros(2, 3))
         assert torch.equal(site.ones(2, 3), torch.ones(2, 3))
         assert 1.9 < site.normal(100, 100, std=2.0).std() < 2.1
+        assert -0.1 < site.normal(100, 100, std=2.0).mean() < 0.1
         assert 2.9 < site.uniform(100, 100, bound=3).abs().max() <= 3
         assert -0.1 < site.uniform(100, 100, bound=3).mean() < 0.1
         uniform = site.kaiming_uniform(50, 100)

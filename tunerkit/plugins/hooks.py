@@ -24,6 +24,7 @@ API_VERSION = 1
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a plugin's function as its answer to the hook of that name; with `wrapper=True`, as what runs around answers."""
 
 
 @hookspec(firstresult=True)
@@ -53,7 +54,7 @@ def _check_target_module_exists(peft_config: PeftConfig, key: str) -> str | re.M
         key: The module's path in the model.
 
     Returns:
-        Something falsy, or what matched: the entry of `target_modules`, or the match of the pattern.
+        Something falsy, or what matched: the entry of `target_modules`, the match of the pattern, or just True.
     """
 
 

@@ -67,9 +67,12 @@ class LoadedMethod:
         return self.manager.hook
 
     def caller(self, name: str) -> Callable[..., Any]:
-        """Return a hook as a function of all of its arguments, in their order, that is called many times.
+        """Return a hook as a function that takes all of its arguments by position, for code that calls it often.
 
         Where one function answers, it is called without pluggy's loop.
+
+        Args:
+            name: The hook's name.
         """
         hook: pluggy.HookCaller = getattr(self.manager.hook, name)
         names, answers = hook_arguments()[name], hook.get_hookimpls()

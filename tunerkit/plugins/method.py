@@ -20,7 +20,7 @@ class Method:
         config: The method's config class.
         adapter: The method's adapter class, or several, of which each says in `kinds` what it adapts; not needed if the
             plugin makes its layers itself in `_create_and_replace`.
-        part: What an adapter of this method has once per model, if anything.
+        part: The class of what an adapter of this method has once per model, if anything.
         tags: What a model card is tagged with for an adapter of this method, beside what every card has.
         tuner: The method's tuner class, with PEFT's `target_module_mapping`; plain `BaseTuner` if not given.
         api: The version of the contract the plugin was written for (`tunerkit.plugins.hooks.API_VERSION`).
@@ -38,7 +38,7 @@ class Method:
 
     @functools.cached_property
     def adapters(self) -> tuple[type[Adapter], ...]:
-        """The adapter classes."""
+        """The adapter classes; none if the plugin makes its layers itself."""
         if self.adapter is None:
             return ()
         return self.adapter if isinstance(self.adapter, tuple) else (self.adapter,)
@@ -54,5 +54,9 @@ class Method:
         return tuple(dict.fromkeys(entry for adapter in self.adapters for entry in adapter.entries))
 
     def adapter_for(self, kind: str) -> type[Adapter]:
-        """Return the adapter class for a kind of site, one of `kinds`."""
+        """Return the adapter class for a kind of site: the first that adapts it.
+
+        Args:
+            kind: One of `kinds`.
+        """
         return next(adapter for adapter in self.adapters if kind in adapter.kinds)

@@ -41,7 +41,12 @@ class PluginInfo:
 
 
 def installed() -> list[PluginInfo]:
-    """Return how every plugin stands, importing none of them."""
+    """Return what is known of every plugin, importing none: where it comes from, and whether it can be used.
+
+    Returns:
+        For each its `method`, `kind`, `package`, `version` and `path`, its `status` (`"loaded"`, `"not loaded"`,
+        `"broken"`, `"not allowed"` or `"conflict"`), and the `reason` if it cannot be used.
+    """
     scan = discovery.scan()
     offers = [offer for offer in (*scan.offers, *loader.registered.values()) if not _is_doubled(offer, scan)]
     rows = []

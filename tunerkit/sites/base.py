@@ -40,10 +40,16 @@ class Below(Protocol):
         """The bare layer, without any adapter."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run the layer with all adapters below on the input of this call."""
+        """Run the layer with all adapters below on `x`, and on whatever else the layer was called with."""
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Run the layer on `x` with these parameters in place of its own."""
+        """Run the layer on `x`, and on whatever else it was called with, with these parameters in place of its own.
+
+        Args:
+            x: The layer's input.
+            weight: A weight of the shape of `self.weight`; it is cast to the dtype of the layer.
+            bias: A bias of size out, or None.
+        """
 
 
 _LARGEST = 2**63 - 1
@@ -66,7 +72,10 @@ def make_on_meta(make: Callable[[], Made]) -> Made:
 
 
 def is_making_on_meta() -> bool:
-    """Return whether new tensors are made within `make_on_meta`, to be filled later."""
+    """Return whether the adapter is being made on the meta device, to be filled by a checkpoint later.
+
+    Then `Site.zeros` and its like give tensors without numbers, and a start that is computed can be left out.
+    """
     return _ON_META.get()
 
 
@@ -83,6 +92,10 @@ def twin(module: Module, **parameters: Tensor | None) -> Module:
 
     The copy shares everything else (settings, children, hooks) with the module, which is not touched: other threads may
     run it meanwhile. It is good for one call.
+
+    Args:
+        module: The module.
+        parameters: The parameters that are to stand in for its own, by their names in it.
     """
     other = object.__new__(type(module))
     # What is bound to the original would run with its parameters: a `forward` set on the instance (by an offloader),
@@ -155,13 +168,13 @@ class Site:
 
     @classmethod
     def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:
-        """Return the names of parameters that are adapted one by one where the module is a target; none: as a whole."""
+        """Return the names of the parameters that are adapted one by one; none if the layer is adapted as a whole."""
         del module
         return ()
 
     @property
     def settings_name(self) -> str:
-        """The path by which a config's settings for single layers mean this one."""
+        """The path by which a config's settings for single layers, such as `rank_pattern`, find this one."""
         return self.name
 
     @property
@@ -181,9 +194,9 @@ class Site:
 
     @property
     def read(self) -> tuple[str, ...]:
-        """The names of parameters that code around the layer reads, rather than calling it or besides.
+        """The names of the parameters that code around the layer reads itself, whether or not it calls the layer too.
 
-        The layer with adapters answers with what has them folded in.
+        What is read is then the parameter with the adapters folded in.
         """
         return ()
 
@@ -220,7 +233,7 @@ class Site:
 
     @property
     def channels(self) -> int:
-        """How many numbers the input holds at each place of it."""
+        """How many channels the input has: `in_features`, but for convolutions."""
         return self.in_features
 
     @property
@@ -229,10 +242,10 @@ class Site:
         return 1
 
     def scale_inputs(self, scale: Tensor) -> Tensor:
-        """Return a number for each channel of the input as the matrix with which it multiplies the weight.
+        """Return the matrix by which to multiply the weight, entry by entry, to scale the channels of the input.
 
         Args:
-            scale: As many numbers as `channels`.
+            scale: A number for each channel, `channels` in all.
 
         Returns:
             A matrix that can be broadcast to the shape of `weight`.
@@ -250,13 +263,21 @@ class Site:
         return self.stored.dtype
 
     def as_stored(self, weight: Tensor) -> Tensor:
-        """Return a weight, or something that is added to one, in the shape in which the layer stores its own."""
+        """Return a weight, or something that is added to one, in the shape in which the layer stores its own.
+
+        Args:
+            weight: A tensor in the form of `self.weight`, of any dtype, which it keeps.
+        """
         return weight.reshape(self.stored.shape)
 
     def to_stored(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
         """Return parameters in the form and dtype in which the layer stores them, by name.
 
-        A layer whose parameters are of a class of their own gets them ready-made.
+        Where the layer's parameters are of a class of their own, as quantised ones are, these are of it too.
+
+        Args:
+            weight: A weight in the form of `self.weight`.
+            bias: A bias of size out, or None.
         """
         stored = self.stored
         tensors: dict[str, Tensor | None] = {self.weight_name: self.as_stored(weight).to(stored.dtype)}
@@ -265,7 +286,12 @@ class Site:
         return tensors
 
     def fitted(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
-        """Return parameters, by name, that can stand in for the layer's own during a call."""
+        """Return parameters, by name, that can stand in for the layer's own during a call.
+
+        Args:
+            weight: A weight in the form of `self.weight`.
+            bias: A bias of size out, or None.
+        """
         return self.to_stored(weight, bias)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -281,7 +307,11 @@ class Site:
         return self.with_parameters(self.fitted(weight, bias)).module(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def with_parameters(self, tensors: Mapping[str, Tensor | None]) -> Site:
-        """Return this site with other parameters, for one call; the layer itself is not touched."""
+        """Return this site with other parameters, for one call; the layer itself is not touched.
+
+        Args:
+            tensors: The parameters by name, as `fitted` gives them.
+        """
         return self.at(twin(self.module, **tensors))
 
     def dequantised(self) -> nn.Module:
@@ -289,7 +319,13 @@ class Site:
         return self.module
 
     def empty(self, *shape: int) -> Tensor:
-        """Return a new tensor for an adapter at this site: on its device, of its dtype, not initialised."""
+        """Return a new tensor for an adapter at this site: on its device, of its dtype, not initialised.
+
+        Where the layer stores whole numbers it is float32.
+
+        Raises:
+            ConfigError: It would be larger than any memory.
+        """
         stored, meta = self.stored, _ON_META.get()
         dtype = stored.dtype
         if not dtype.is_floating_point:
@@ -317,7 +353,7 @@ class Site:
         return tensor if tensor.is_meta else tensor.fill_(1)
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
-        """Return a new tensor of normally distributed numbers for an adapter at this site."""
+        """Return a new tensor of numbers drawn from a normal distribution around 0 for an adapter at this site."""
         tensor = self.empty(*shape)
         return tensor if tensor.is_meta else tensor.normal_(std=std)
 

@@ -15,6 +15,9 @@ class ConvolutionSite(Site):
     """A convolution, weight out x (in / groups * size of the kernel): its kernels, flattened.
 
     `in_features` counts the columns of that matrix; the layer's inputs are counted by `channels`.
+
+    Attributes:
+        layer: The class of layers that it is for, of which it makes new ones.
     """
 
     layer: ClassVar[type[Convolution]]
@@ -47,7 +50,11 @@ class ConvolutionSite(Site):
         return self.module.kernel_size
 
     def scale_inputs(self, scale: Tensor) -> Tensor:
-        """Return a number for each channel of the input as the matrix with which it multiplies the weight."""
+        """Return the matrix, of the shape of `weight`, by which to multiply it to scale the channels of the input.
+
+        Args:
+            scale: A number for each channel, `channels` in all.
+        """
         rows = self.out_features // self.groups
         columns = scale.reshape(self.groups, -1).repeat_interleave(self.in_features * self.groups // self.channels, 1)
         return columns.repeat_interleave(rows, 0)

@@ -48,14 +48,15 @@ class EmbeddingSite(Site):
         )
 
     def look_up(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """Return the rows of another table as a layer that `only_looks_up` returns those of its own.
+        """Return rows of another table in the way in which a layer that `only_looks_up` returns rows of its own.
 
         Args:
-            tokens: What the layer is called with.
-            table: Tokens x any width.
+            tokens: The layer's input: whole numbers, in any shape.
+            table: Another table, tokens x any width.
 
         Returns:
-            Those rows, with the layer's padding and scale; of the dtype of the table, whose gradient is never sparse.
+            A row for each token, with the layer's padding and scale, of the dtype of the table. The table's gradient is
+            never sparse.
         """
         module = self.module
         rows = F.embedding(

@@ -17,6 +17,9 @@ class ParameterSite(Site):
 
     The layer that adapts a second parameter of a module wraps the layer that adapts the first, so the module here may
     be such a layer; the parameter is then found below it.
+
+    Attributes:
+        parameter_name: The name of the parameter in the module.
     """
 
     kind: ClassVar[str] = "parameter"
@@ -64,7 +67,7 @@ class ParameterSite(Site):
         return None
 
     def fitted(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
-        """Return the tensor by name, as it is if its form is right: it may be computed only where it is read."""
+        """Return the weight by its name, the very tensor if its form is right: what it holds may be computed later."""
         stored = self.stored
         if weight.shape == stored.shape and weight.dtype is stored.dtype:
             return {self.parameter_name: weight}

@@ -104,11 +104,19 @@ class MethodConformance(
         raise NotImplementedError(msg)
 
     def make_model(self, kind: str) -> nn.Module:
-        """Return a new base model with sites of a kind."""
+        """Return a new base model with sites of a kind, with the same numbers whenever torch's seed is the same.
+
+        Args:
+            kind: One of `kinds`.
+        """
         return SAMPLES[kind]()  # type: ignore[return-value]
 
     def make_inputs(self, kind: str) -> tuple[Tensor, ...]:
-        """Return positional arguments for the model's forward."""
+        """Return positional arguments for the model's forward, a batch of several rows.
+
+        Args:
+            kind: One of `kinds`.
+        """
         return SAMPLES[kind].inputs()
 
     # What the kit adds
