@@ -273,6 +273,11 @@ class Part(nn.Module):
         """Run the model for a call in which this adapter takes part; a subclass may do something before and after."""
         return call(*args, **kwargs)
 
+    @classmethod
+    def surrounds(cls) -> bool:
+        """Return whether this does something around a call of the model, as opposed to holding tensors only."""
+        return cls.around is not Part.around
+
 
 def _differ(before: Tensor | None, after: Tensor | None) -> bool:
     if before is None or after is None:
