@@ -91,8 +91,9 @@ def _check_config(method: str, config: object) -> None:
 def _check_classes(method: Method) -> None:
     from tunerkit.adapter import Adapter, Part  # noqa: PLC0415 - above this room, and it needs torch
 
-    parts = () if method.part is None else (method.part,)
-    for field, found, wanted in (("adapter", method.adapters, Adapter), ("part", parts, Part)):
+    adapters: tuple[object, ...] = method.adapters
+    parts: tuple[object, ...] = () if method.part is None else (method.part,)
+    for field, found, wanted in (("adapter", adapters, Adapter), ("part", parts, Part)):
         for one in found:
             if not (inspect.isclass(one) and issubclass(one, wanted)):
                 msg = f"its `Method.{field}` is or holds {one!r}. Give a subclass of {wanted.__module__}.{wanted.__name__}."

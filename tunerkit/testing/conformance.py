@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
@@ -20,7 +21,7 @@ from tunerkit.testing.precision import PrecisionChecks
 from tunerkit.testing.routes import RouteChecks
 from tunerkit.testing.rows import RowChecks
 from tunerkit.testing.state import StateChecks
-from tunerkit.testing.summary import Summary, note
+from tunerkit.testing.summary import Summary, leave_out, note
 from tunerkit.testing.wholes import WholeModuleChecks
 
 if TYPE_CHECKING:
@@ -139,9 +140,9 @@ class MethodConformance(
     def bench(self, kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
         """Return what a check works with, unless the check is declared absent."""
         check = request.function.__name__
-        note(request.node, f"{self.config().peft_type} ({type(self).__name__})", absent=check in self.absent)
+        note(request.node, f"{self.config().peft_type} ({type(self).__name__})")
         if check in self.xfail:
             request.node.add_marker(pytest.mark.xfail(reason=self.xfail[check], strict=True))
         if check in self.absent:
-            pytest.skip(f"{type(self).__name__} declares {check} absent: {self.absent[check]}")
-        return Bench(self, kind, tmp_path)
+            leave_out(request.node, self.absent[check])
+        return Bench(self, kind, tmp_path, functools.partial(leave_out, request.node))
