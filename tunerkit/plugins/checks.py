@@ -96,7 +96,8 @@ def _check_classes(method: Method) -> None:
     for field, found, wanted in (("adapter", adapters, Adapter), ("part", parts, Part)):
         for one in found:
             if not (inspect.isclass(one) and issubclass(one, wanted)):
-                msg = f"its `Method.{field}` is or holds {one!r}. Give a subclass of {wanted.__module__}.{wanted.__name__}."
+                whole = f"{wanted.__module__}.{wanted.__name__}"
+                msg = f"its `Method.{field}` is or holds {one!r}. Give a subclass of {whole}."
                 raise PluginError(msg)
 
 

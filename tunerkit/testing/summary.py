@@ -1,4 +1,8 @@
-"""What the kit prints at the end of a pytest run: how many checks ran for each method, and what was left out."""
+"""What the kit prints at the end of a pytest run: how many checks ran for each method, and what was left out.
+
+It prints by itself, but for a run by pytest-xdist: there other processes collect the checks. For those, name it in the
+`conftest.py` at the root: `pytest_plugins = ["tunerkit.testing.summary"]`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ _CASE, _ABSENT = "conformance", "absent"
 
 
 class Summary:
-    """A pytest plugin. The kit registers it when its first checks are collected, so no other run knows of it."""
+    """A pytest plugin, which the kit registers when its first checks are collected."""
 
     def __init__(self) -> None:
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -40,6 +44,11 @@ class Summary:
                 f"{case}: {count['passed'] + count['failed']} checks ran, {count['absent']} were declared absent, "
                 f"{count['expected to fail']} failed as expected, {count['does not apply']} did not apply"
             )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take part from the start where this module itself is named as a plugin."""
+    Summary.register(config)
 
 
 def note(item: pytest.Item, case: str) -> None:
