@@ -10,6 +10,7 @@ import pytest
 from tunerkit.model import get_peft_model
 from tunerkit.plugins import get_method
 from tunerkit.testing.bench import Bench
+from tunerkit.testing.calls import CallChecks
 from tunerkit.testing.files import FileChecks
 from tunerkit.testing.graphs import GraphChecks
 from tunerkit.testing.lifecycle import LifecycleChecks
@@ -44,6 +45,7 @@ class MethodConformance(
     StateChecks,
     PrecisionChecks,
     GraphChecks,
+    CallChecks,
     WholeModuleChecks,
 ):
     """Every check that the core relies on, for one method.
