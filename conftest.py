@@ -9,6 +9,9 @@ import torch
 from hypothesis import settings
 from messages import Recorder
 
+# So that what the conformance kit counts is printed also where pytest-xdist runs the tests.
+pytest_plugins = ["tunerkit.testing.summary"]
+
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("tunerkit", deadline=None)
 settings.load_profile("tunerkit")

@@ -11,6 +11,7 @@ from tunerkit.plugins import discovery, hooks, loader
 
 PLUGIN = """
 from dataclasses import dataclass
+from tunerkit.adapter import Adapter
 from tunerkit.config import PeftConfig
 from tunerkit.plugins.hooks import hookimpl
 from tunerkit.plugins.method import Method
@@ -18,9 +19,6 @@ from tunerkit.plugins.method import Method
 @dataclass
 class Config(PeftConfig):
     peft_type: str | None = "{peft_type}"
-
-class Adapter:
-    pass
 
 method = Method(config=Config, adapter=Adapter)
 """

@@ -324,6 +324,11 @@ class Part(nn.Module):
         """
         return call(*args, **kwargs)
 
+    @classmethod
+    def surrounds(cls) -> bool:
+        """Return whether this does something around a call of the model, as opposed to holding tensors only."""
+        return cls.around is not Part.around
+
 
 def _differ(before: Tensor | None, after: Tensor | None) -> bool:
     if before is None or after is None:

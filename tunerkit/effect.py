@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.adapter import Part
 from tunerkit.copied_module import CopiedModule
 from tunerkit.errors import CheckpointError, NoEffectError
 from tunerkit.naming import listing
@@ -56,7 +55,7 @@ def check_effect(tuner: BaseTuner, name: str, source: str) -> None:
 
 def _surrounds(tuner: BaseTuner, name: str) -> bool:
     """Return whether the adapter does something around a call of the model, which no layer shows."""
-    return name in tuner.parts and type(tuner.parts[name]).around is not Part.around
+    return name in tuner.parts and tuner.parts[name].surrounds()
 
 
 def _changes(layer: BaseTunerLayer, name: str) -> bool:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
-from tunerkit.adapter import Part
 from tunerkit.errors import AdapterStateError, CheckpointError, ConfigError
 from tunerkit.layer import layers_in
 from tunerkit.naming import closest, listing
@@ -73,7 +72,7 @@ def refuse_around(model: AdaptedModel) -> None:
     """Raise `AdapterStateError` if an active adapter does something around a call of the model, for other calls."""
     for name in () if model.disabled else model.active_adapters:
         part = model.parts.get(name)
-        if part is not None and type(part).around is not Part.around:
+        if part is not None and part.surrounds():
             msg = (
                 f"generate calls the base model itself, and {type(part).__name__} does something around a call of the "
                 "whole model, which would be left out. Call the model, or use disable_adapter()."

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.adapted_model import AdaptedModel
-from tunerkit.adapter import Part
 from tunerkit.errors import AdapterNameError, RouteError
 from tunerkit.fast_path import set_fast_paths
 from tunerkit.journal import Journal
@@ -165,7 +164,7 @@ class RoutedModel(AdaptedModel):
             raise RouteError(msg)
         for name in rows.names if self.parts else ():
             part = self.parts.get(name)
-            if part is not None and type(part).around is not Part.around:
+            if part is not None and part.surrounds():
                 msg = (
                     f"{type(part).__name__} of the adapter {name!r} does something around a call of the whole model, "
                     f"so it cannot be for some rows only. Use use_adapter({name!r}) and a batch of its own."

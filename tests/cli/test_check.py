@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
-from toys import registered, rotation
+from toys import bottleneck, registered, rotation
 
 from tunerkit import Method, cli
 from tunerkit.errors import PluginError
@@ -44,7 +44,7 @@ def test_method_that_passes(run):
     assert result.exit_code == 0, result.output
     assert "test_merge_keeps_the_output" in result.output
     assert "every adapter has a merged form" in result.output
-    assert "and 0 failed; 0 checks are declared absent or expected to fail." in result.output
+    assert "and 0 failed; 0 were declared absent, and 0 failed as expected." in result.output
 
 
 def test_method_that_fails_and_names_its_class(run, monkeypatch):
@@ -59,7 +59,7 @@ def test_method_that_fails_and_names_its_class(run, monkeypatch):
     assert "absent: 1" in lines["test_pickle"]
     assert "for the test's sake" in lines["test_pickle"]
     assert "XPASS(strict)" in lines["test_deepcopy"]
-    assert "1 checks are declared absent or expected to fail." in result.output
+    assert "; 1 were declared absent, and 0 failed as expected." in result.output
     assert "= conformance =" in result.output
 
 
@@ -82,6 +82,16 @@ def test_class_that_is_none(run, where, found):
         result = run("toy-rotation")
     assert result.exit_code == 1
     assert f"conformance={where!r}" in result.output
+
+
+def test_what_a_method_declares_counts_as_absent(run):
+    with registered(bottleneck):
+        result = run("toy-bottleneck")
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.output.splitlines() if line.split()[:1] == ["test_unmerge_is_exact"])
+    assert "absent: 1" in line
+    assert "BottleneckAdapter has no merged form: its output is not linear" in line
+    assert re.search("; [1-9][0-9]* were declared absent", result.output)
 
 
 def test_unknown_method(run):

@@ -120,8 +120,54 @@ class TestPlugins:
                 "path": str(environment.folder),
                 "status": "not loaded",
                 "reason": "",
+                "capabilities": None,
             }
         ]
+
+    def test_what_methods_can_do(self, run, environment):
+        source = (
+            "class Part(tunerkit.adapter.Part):\n"
+            "    def around(self, call): ...\n\n"
+            "class Small(Adapter):\n"
+            "    kinds = frozenset({'linear', 'conv2d'})\n"
+            "    unfoldable = 'it is [not] linear'\n\n"
+            "class Large(Adapter):\n"
+            "    kinds = frozenset({'embedding'})\n"
+            "    crosses_rows = 'it centres the batch'\n\n"
+            "method = Method(config=Config, adapter=(Small, Large), part=Part)\n"
+        )
+        environment.install("tunerkit-bar", before="import tunerkit.adapter\n", after=source)
+        environment.install("tunerkit-foo")
+        result = run("plugins", "--check", "--json")
+        bar, foo = (row["capabilities"] for row in json.loads(result.output))
+        depends = "what one changes depends on those below it"
+        surrounds = "it does something around a call of the whole model"
+        assert foo == {
+            "kinds": ["linear"],
+            "shares": False,
+            "absent": [{"what": "merge in any order", "why": depends, "classes": ["Adapter"]}],
+        }
+        assert bar == {
+            "kinds": ["conv2d", "embedding", "linear"],
+            "shares": True,
+            "absent": [
+                {"what": "merge", "why": "it is [not] linear", "classes": ["Small"]},
+                {"what": "merge in any order", "why": depends, "classes": ["Large"]},
+                {"what": "rows", "why": "it centres the batch", "classes": ["Large"]},
+                {"what": "rows", "why": surrounds, "classes": ["Part"]},
+            ],
+        }
+        lines = run("plugins", "--check").output.splitlines()
+        assert lines[0].split() == ["Method", "Package", "Version", "Status", "Adapts", "Cannot", "Why"]
+        assert "conv2d, embedding, linear" in lines[1]
+        assert "merge (Small): it is [not] linear; " in lines[1]
+
+    def test_method_with_layers_of_its_own(self, run, environment):
+        environment.install(
+            "tunerkit-foo",
+            after="from tunerkit.tuner import BaseTuner\nmethod = Method(config=Config, tuner=BaseTuner)\n",
+        )
+        assert "loaded  its own layers" in run("plugins", "--check").output.replace("   ", " ")
 
     def test_check_passes(self, run, environment):
         environment.install("tunerkit-foo")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from dataclasses import dataclass, field
 
 import pluggy
 import pytest
 
+from tunerkit.adapter import Adapter, Part
 from tunerkit.config import PeftConfig
 from tunerkit.errors import PluginError
 from tunerkit.plugins import checks, hooks
@@ -22,10 +24,6 @@ class FooConfig(PeftConfig):
 
 class Undecorated(PeftConfig):
     peft_type = "FOO"
-
-
-class Adapter:
-    """Stands in for an adapter class."""
 
 
 def plugin(**attributes):
@@ -98,9 +96,21 @@ class TestMethod:
             "`_create_and_replace`."
         )
 
-    @pytest.mark.parametrize("what", ["adapter", "part", "tuner"])
-    def test_anything_that_makes_an_adapter(self, what):
-        check_method("foo", method(**{"adapter": None, what: Adapter}))
+    @pytest.mark.parametrize(("what", "given"), [("adapter", Adapter), ("part", Part), ("tuner", object)])
+    def test_anything_that_makes_an_adapter(self, what, given):
+        check_method("foo", method(**{"adapter": None, what: given}))
+
+    @pytest.mark.parametrize("wrong", [Part, "Adapter", (Adapter, Part)])
+    def test_adapter_of_another_class(self, wrong):
+        assert re.fullmatch(
+            r"its `Method\.adapter` is or holds .*(Part|Adapter).*\. Give a subclass of tunerkit\.adapter\.Adapter\.",
+            reason(check_method, "foo", method(adapter=wrong)),
+        )
+
+    def test_part_of_another_class(self):
+        assert "its `Method.part` is or holds <class 'tunerkit.adapter.Adapter'>. Give a subclass of" in reason(
+            check_method, "foo", method(part=Adapter)
+        )
 
     def test_a_hook_that_makes_an_adapter(self):
         @hookimpl

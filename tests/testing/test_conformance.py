@@ -127,7 +127,7 @@ class TestReport:
         result.stdout.fnmatch_lines_random(
             [
                 "*::TestRotation::test_merge_keeps_the_output?linear-plain? PASSED*",
-                "*TestRotation declares test_pickle absent: for the test's sake",
+                "*SKIPPED*declared absent: for the test's sake",
             ]
         )
 
@@ -140,6 +140,27 @@ class TestReport:
                 "TOY_ROTATION (TestRotation): 2 checks ran, 1 were declared absent, 0 failed as *, 1 did not apply",
             ]
         )
+
+    @pytest.mark.parametrize("processes", ["0", "1"])
+    def test_summary_beside_xdist(self, pytester, processes):
+        pytester.makeconftest("pytest_plugins = ['tunerkit.testing.summary']")
+        pytester.makepyfile(
+            """
+            from tunerkit.testing import MethodConformance
+            from tunerkit_lora import LoraConfig
+
+            class TestLora(MethodConformance):
+                kinds = ("linear",)
+                absent = {"test_pickle": "for the test's sake"}
+
+                def config(self):
+                    return LoraConfig()
+            """
+        )
+        result = pytester.runpytest_subprocess("-n", processes, "-k", "test_pickle or test_deepcopy")
+        result.assert_outcomes(passed=1, skipped=1)
+        result.stdout.fnmatch_lines(["*= conformance =*", "LORA (TestLora): 1 checks ran, 1 were declared absent, *"])
+        assert result.stdout.str().count("checks ran") == 1
 
     def test_no_summary_where_the_kit_is_not_used(self, pytester):
         pytester.makepyfile("def test_something(): pass")

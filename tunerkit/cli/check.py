@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
@@ -33,11 +34,12 @@ def check(*, method: str, verbose: bool) -> None:
         msg = f"No check ran for the method {method!r}; what pytest printed stands above."
         raise click.ClickException(msg)
     _print_table(results)
-    count = {outcome: sum(r.outcomes.get(outcome, 0) for r in results.values()) for outcome in ("passed", "failed")}
-    declared = sum(bool({"absent", "expected to fail"} & r.outcomes.keys()) for r in results.values())
+    count = Counter[str]()
+    for result in results.values():
+        count.update(result.outcomes)
     click.echo(
         f"{method}: {len(results)} checks, {count['passed']} runs passed and {count['failed']} failed; "
-        f"{declared} checks are declared absent or expected to fail."
+        f"{count['absent']} were declared absent, and {count['expected to fail']} failed as expected."
     )
     if count["failed"]:
         raise SystemExit(1)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from tunerkit.plugins import PluginInfo
+    from tunerkit.plugins import Absence, PluginInfo
 
+_TOLD_WHEN_LOADED = ("Adapts", "Cannot")
 _STYLES = {"loaded": "green", "broken": "red", "conflict": "red", "not allowed": "yellow"}
 
 
@@ -21,7 +22,8 @@ _STYLES = {"loaded": "green", "broken": "red", "conflict": "red", "not allowed":
 def plugins(*, as_json: bool, check: bool) -> None:
     """List the installed methods and how they stand.
 
-    Nothing is imported without --check, so a method that is fine shows as "not loaded".
+    Nothing is imported without --check, so a method that is fine shows as "not loaded". Of a method that is loaded the
+    list also tells which kinds of layers it adapts, and what its adapters cannot do, as it declares it.
     """
     from tunerkit.plugins import installed, load_all  # noqa: PLC0415 - keeps --help quick
 
@@ -45,10 +47,30 @@ def _print_table(rows: list[PluginInfo]) -> None:
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    table = Table("Method", "Package", "Version", "Status", "Why", box=None)
-    for row in rows:
-        name = row.method if row.kind == "method" else f"{row.method} ({row.kind})"
-        cells = (name, row.package or "(registered)", row.version or "", row.status, row.reason)
+    lines = [_cells(row) for row in rows]
+    # Where no method is loaded some say nothing, and few terminals are wide.
+    headers = [name for name in lines[0] if name not in _TOLD_WHEN_LOADED or any(line[name] for line in lines)]
+    table = Table(*headers, box=None)
+    for row, line in zip(rows, lines, strict=True):
         # As text, because square brackets in a reason would be taken for markup.
-        table.add_row(*map(Text, cells), style=None if row.status == "not loaded" else _STYLES[row.status])
+        cells = [Text(line[name]) for name in headers]
+        table.add_row(*cells, style=None if row.status == "not loaded" else _STYLES[row.status])
     Console().print(table)
+
+
+def _cells(row: PluginInfo) -> dict[str, str]:
+    """Return what the table says of a plugin, by column."""
+    can = row.capabilities
+    return {
+        "Method": row.method if row.kind == "method" else f"{row.method} ({row.kind})",
+        "Package": row.package or "(registered)",
+        "Version": row.version or "",
+        "Status": row.status,
+        "Adapts": "" if can is None else ", ".join(can.kinds) or "its own layers",
+        "Cannot": "" if can is None else "; ".join(map(_in_words, can.absent)),
+        "Why": row.reason,
+    }
+
+
+def _in_words(absence: Absence) -> str:
+    return f"{absence.what} ({', '.join(absence.classes)}): {absence.why}"

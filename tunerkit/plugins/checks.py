@@ -54,6 +54,7 @@ def check_method(method: str, plugin: object) -> Method:
             "`_create_and_replace`."
         )
         raise PluginError(msg)
+    _check_classes(found)
     return found
 
 
@@ -85,6 +86,19 @@ def _check_config(method: str, config: object) -> None:
             "under its own name."
         )
         raise PluginError(msg)
+
+
+def _check_classes(method: Method) -> None:
+    from tunerkit.adapter import Adapter, Part  # noqa: PLC0415 - above this room, and it needs torch
+
+    adapters: tuple[object, ...] = method.adapters
+    parts: tuple[object, ...] = () if method.part is None else (method.part,)
+    for field, found, wanted in (("adapter", adapters, Adapter), ("part", parts, Part)):
+        for one in found:
+            if not (inspect.isclass(one) and issubclass(one, wanted)):
+                whole = f"{wanted.__module__}.{wanted.__name__}"
+                msg = f"its `Method.{field}` is or holds {one!r}. Give a subclass of {whole}."
+                raise PluginError(msg)
 
 
 def check_hooks(plugin: object, *, only_wrappers: bool = False) -> None:

@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tunerkit.plugins.capabilities import Capabilities
+
 if TYPE_CHECKING:
     from tunerkit.adapter import Adapter, Part
     from tunerkit.config import PeftConfig
@@ -42,6 +44,11 @@ class Method:
         if self.adapter is None:
             return ()
         return self.adapter if isinstance(self.adapter, tuple) else (self.adapter,)
+
+    @functools.cached_property
+    def capabilities(self) -> Capabilities:
+        """What its adapters can do, as their classes declare it."""
+        return Capabilities.of(self)
 
     @functools.cached_property
     def kinds(self) -> frozenset[str]:

@@ -11,6 +11,7 @@ from tunerkit.plugins import discovery, loader
 from tunerkit.plugins.choice import choose, is_same, misnamed, not_allowed
 
 if TYPE_CHECKING:
+    from tunerkit.plugins.capabilities import Capabilities
     from tunerkit.plugins.discovery import Kind, Offer, Scan
 
 Status = Literal["not loaded", "loaded", "broken", "not allowed", "conflict"]
@@ -29,6 +30,7 @@ class PluginInfo:
         path: The folder that the package is in.
         status: How it stands in this process.
         reason: Why it cannot be used, if it cannot.
+        capabilities: What the method can do; None of one that is not loaded, and of what is no method.
     """
 
     method: str
@@ -38,6 +40,7 @@ class PluginInfo:
     path: str | None
     status: Status
     reason: str = ""
+    capabilities: Capabilities | None = None
 
 
 def installed() -> list[PluginInfo]:
@@ -52,7 +55,19 @@ def installed() -> list[PluginInfo]:
     rows = []
     for offer in sorted(offers, key=lambda offer: (offer.kind != "method", offer.name, offer.source)):
         status, reason = _method_status(offer, scan) if offer.kind == "method" else _extension_status(offer, scan)
-        rows.append(PluginInfo(offer.name, offer.kind, offer.package, offer.version, offer.path, status, reason))
+        is_loaded = offer.kind == "method" and status == "loaded"
+        rows.append(
+            PluginInfo(
+                offer.name,
+                offer.kind,
+                offer.package,
+                offer.version,
+                offer.path,
+                status,
+                reason,
+                loader.loaded[offer.name].method.capabilities if is_loaded else None,
+            )
+        )
     return rows
 
 

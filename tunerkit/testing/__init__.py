@@ -24,6 +24,7 @@ pytest.register_assert_rewrite(
         f"{__name__}.{room}"
         for room in (
             "bench",
+            "calls",
             "files",
             "graphs",
             "lifecycle",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tunerkit.model import get_peft_model
 from tunerkit.plugins import get_method
 from tunerkit.testing.bench import Bench
+from tunerkit.testing.calls import CallChecks
 from tunerkit.testing.files import FileChecks
 from tunerkit.testing.graphs import GraphChecks
 from tunerkit.testing.lifecycle import LifecycleChecks
@@ -20,7 +22,7 @@ from tunerkit.testing.precision import PrecisionChecks
 from tunerkit.testing.routes import RouteChecks
 from tunerkit.testing.rows import RowChecks
 from tunerkit.testing.state import StateChecks
-from tunerkit.testing.summary import Summary, note
+from tunerkit.testing.summary import Summary, leave_out, note
 from tunerkit.testing.wholes import WholeModuleChecks
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class MethodConformance(
     StateChecks,
     PrecisionChecks,
     GraphChecks,
+    CallChecks,
     WholeModuleChecks,
 ):
     """Every check that the core relies on, for one method.
@@ -147,9 +150,9 @@ class MethodConformance(
     def bench(self, kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
         """Return what a check works with, unless the check is declared absent."""
         check = request.function.__name__
-        note(request.node, f"{self.config().peft_type} ({type(self).__name__})", absent=check in self.absent)
+        note(request.node, f"{self.config().peft_type} ({type(self).__name__})")
         if check in self.xfail:
             request.node.add_marker(pytest.mark.xfail(reason=self.xfail[check], strict=True))
         if check in self.absent:
-            pytest.skip(f"{type(self).__name__} declares {check} absent: {self.absent[check]}")
-        return Bench(self, kind, tmp_path)
+            leave_out(request.node, self.absent[check])
+        return Bench(self, kind, tmp_path, functools.partial(leave_out, request.node))

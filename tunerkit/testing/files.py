@@ -81,8 +81,11 @@ class FileChecks:
     def test_tensors_as_a_dict(self, bench: Bench) -> None:
         """`get_peft_model_state_dict` and `set_peft_model_state_dict` carry an adapter from one model to another.
 
-        To mend: let `from_checkpoint` undo `to_checkpoint`.
+        To mend: let `from_checkpoint` undo `to_checkpoint`, and define both or neither.
         """
+        for kind in bench.method.adapters:
+            own = (kind.to_checkpoint is not Adapter.to_checkpoint, kind.from_checkpoint is not Adapter.from_checkpoint)
+            assert own[0] == own[1], f"{kind.__name__} defines one of `to_checkpoint` and `from_checkpoint` alone."
         source = bench.adapted()
         tensors = get_peft_model_state_dict(source)
         target = bench.start()

@@ -1,12 +1,15 @@
-"""What the kit prints at the end of a pytest run: how many checks ran for each method, and what was left out."""
+"""What the kit prints at the end of a pytest run: how many checks ran for each method, and what was left out.
+
+It prints by itself, but for a run by pytest-xdist: there other processes collect the checks. For those, name it in the
+`conftest.py` at the root: `pytest_plugins = ["tunerkit.testing.summary"]`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, NoReturn
 
-if TYPE_CHECKING:
-    import pytest
+import pytest
 
 Outcome = Literal["passed", "failed", "absent", "expected to fail", "does not apply"]
 
@@ -15,7 +18,7 @@ _CASE, _ABSENT = "conformance", "absent"
 
 
 class Summary:
-    """A pytest plugin. The kit registers it when its first checks are collected, so no other run knows of it."""
+    """A pytest plugin, which the kit registers when its first checks are collected."""
 
     def __init__(self) -> None:
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -43,11 +46,20 @@ class Summary:
             )
 
 
-def note(item: pytest.Item, case: str, *, absent: bool) -> None:
-    """Let the summary know what a test is."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Take part from the start where this module itself is named as a plugin."""
+    Summary.register(config)
+
+
+def note(item: pytest.Item, case: str) -> None:
+    """Let the summary know that a test is a check of a class."""
     item.user_properties.append((_CASE, case))
-    if absent:
-        item.user_properties.append((_ABSENT, "True"))
+
+
+def leave_out(item: pytest.Item, reason: str) -> NoReturn:
+    """Skip a check, because what it checks is declared absent."""
+    item.user_properties.append((_ABSENT, reason))
+    pytest.skip(f"declared absent: {reason}")
 
 
 def outcome_of(report: pytest.TestReport) -> Outcome | None:
@@ -59,3 +71,13 @@ def outcome_of(report: pytest.TestReport) -> Outcome | None:
     if report.skipped:
         return "absent" if _ABSENT in dict(report.user_properties) else "does not apply"
     return "failed" if report.failed else "passed"
+
+
+def reason_of(report: pytest.TestReport) -> str:
+    """Return why a check of the kit's went as it did; nothing if it passed."""
+    if hasattr(report, "wasxfail"):
+        return str(report.wasxfail)
+    # What pytest shows of a skip is a place and the reason, and of a failure a text that ends with the error.
+    if isinstance(report.longrepr, tuple):
+        return str(dict(report.user_properties).get(_ABSENT, report.longrepr[2].removeprefix("Skipped: ")))
+    return report.longreprtext.strip().rpartition("\n")[2]

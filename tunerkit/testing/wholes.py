@@ -61,7 +61,7 @@ class _WholeBench(Bench):
     """A bench whose config also names a module to save as a whole, one that it does not target."""
 
     def __init__(self, bench: Bench) -> None:
-        super().__init__(bench.case, bench.sample, bench.folder)
+        super().__init__(bench.case, bench.sample, bench.folder, bench.leave_out)
         self._wanted: list[str] = []
         if not hasattr(self.config(), "modules_to_save"):
             pytest.skip(f"{type(self.config()).__name__} has no modules_to_save")

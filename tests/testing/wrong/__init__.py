@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from testing.wrong import files, hooks, layers, maths, routes, state, surroundings
+from testing.wrong import files, hooks, layers, maths, routes, state, surroundings, traces
 from testing.wrong.table import WRONG, Wrong
 
-__all__ = ["WRONG", "Wrong", "files", "hooks", "layers", "maths", "routes", "state", "surroundings"]
+__all__ = ["WRONG", "Wrong", "files", "hooks", "layers", "maths", "routes", "state", "surroundings", "traces"]
