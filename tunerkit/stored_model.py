@@ -69,7 +69,10 @@ class StoredModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
+        from tunerkit.integrations import introduce  # noqa: PLC0415 - for those who have such a model alone
+
         super().__init__()
+        introduce(StoredModel)
         refusals.check_model(model, "PeftModel(model, peft_config)", peft_config)
         if isinstance(model, StoredModel):
             msg = (
