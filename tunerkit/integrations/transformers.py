@@ -3,7 +3,7 @@
 What is changed, in the modules' own names only:
 
 - `_is_peft_model`, in `transformers.trainer_utils` and where it is imported from there, also says yes to tunerkit's
-  models. So the trainer looks at the base model for the columns, labels and losses that it knows, loads adapters when it
+  models. So the trainer looks at the base model for the columns, labels and losses it knows, loads adapters when it
   resumes and at the end of a training, and trains on a quantised base.
 - `PeftModel` and `is_peft_available`, in `transformers.trainer`: by them the trainer saves adapters only.
 """
