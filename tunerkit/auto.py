@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
 
-    from torch import nn
-
 LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")
 """Of which a checkpoint may name a class as that of its base model, as in PEFT."""
 
@@ -142,13 +140,13 @@ def _transformers() -> Any:
     return transformers
 
 
-def _fit_to_tokenizer(base: nn.Module, folder: Path, trust_remote_code: bool) -> None:
+def _fit_to_tokenizer(base: Any, folder: Path, trust_remote_code: bool) -> None:
     """Give a model as many embeddings as the tokenizer in the adapter's folder has tokens, if it has fewer."""
     if not (folder / _TOKENIZER).is_file() or not hasattr(base, "get_input_embeddings"):
         return
     tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
+        base.resize_token_embeddings(len(tokenizer))
 
 
 _OWN = inspect.signature(PeftModel.from_pretrained).parameters.keys() - {
