@@ -50,16 +50,16 @@ PLACES = {
         "inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training set_base_model_state_dict "
         "set_peft_model_state_dict MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction "
         "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
-        "PeftModelForTokenClassification"
+        "PeftModelForTokenClassification AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+        "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
+        "AutoPeftModelForTokenClassification"
     ),
     LORA: (
         "EvaConfig LoftQConfig LoraConfig LoraModel LoraRuntimeConfig get_eva_state_dict initialize_lora_eva_weights"
     ),
     IA3: "IA3Config IA3Model",
     LATER: (
-        "ArrowConfig AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
-        "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
-        "AutoPeftModelForTokenClassification BdLoraConfig KasaConfig LoraGAConfig "
+        "ArrowConfig BdLoraConfig KasaConfig LoraGAConfig "
         "MontecloraConfig "
         "VeloraConfig "
         "convert_to_lora create_arrow_model find_kappa_target_modules "

@@ -159,11 +159,6 @@ class TestNamesOfThePackage:
     def test_others(self):
         message = "tunerkit has no 'get_peft_modle'. Closest: 'get_peft_model'"
         assert refusal(lambda: tunerkit.get_peft_modle, error=AttributeError).startswith(message)
-        for name in ("AutoPeftModel", "AutoPeftModelForCausalLM"):
-            assert refusal(lambda name=name: getattr(tunerkit, name), error=AttributeError) == (
-                f"tunerkit has no {name!r}. Load the base model with its own library, and pass it to "
-                "PeftModel.from_pretrained(model, folder)."
-            )
         assert refusal(lambda: tunerkit.qqqq, error=AttributeError) == (
             "tunerkit has no 'qqqq'. docs/differences.md lists what PEFT has and this version has not."
         )

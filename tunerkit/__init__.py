@@ -5,6 +5,15 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from tunerkit.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from tunerkit.base_state import get_base_model_state_dict, set_base_model_state_dict
 from tunerkit.checkpoint.report import LoadReport
 from tunerkit.config import PeftConfig, PeftType, TaskType, check_if_peft_model, get_peft_config
@@ -47,6 +56,13 @@ __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BaseTuner",
     "BaseTunerLayer",
     "LoadReport",
@@ -118,9 +134,6 @@ def _missing(name: str) -> str:
     from tunerkit.plugins import method_ids  # noqa: PLC0415 - the same
 
     missing = f"tunerkit has no {name!r}."
-    if name.startswith("AutoPeftModel"):
-        call = "PeftModel.from_pretrained(model, folder)"
-        return f"{missing} Load the base model with its own library, and pass it to {call}."
     account = "docs/differences.md lists what PEFT has and this version has not."
     what = next((what for end, what in (("Config", "config"), ("Model", "model class")) if name.endswith(end)), None)
     if what is not None:

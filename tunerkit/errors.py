@@ -146,6 +146,10 @@ class AdapterWarning(TunerkitWarning):
     """Adding, deleting or switching adapters did something beyond what was literally asked."""
 
 
+class IntegrationWarning(TunerkitWarning):
+    """Another library is not as tunerkit knows it, and may treat a model with adapters like any other."""
+
+
 PeftError = TunerkitError
 """PEFT's name for it."""
 

@@ -34,6 +34,17 @@ class TaskType(str, enum.Enum):
         return self.value
 
 
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""By which of its classes transformers loads a model for a task."""
+
+
 class _InstalledTypes(type):
     """Finds `PeftType.X` among the methods that are installed, because there is no closed list of them."""
 

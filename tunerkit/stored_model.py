@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from tunerkit import refusals
-from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.checkpoint.writing import write_checkpoint
 from tunerkit.config import check_config
 from tunerkit.errors import AdapterNameError, UnknownAdapterError
+from tunerkit.evaluation import set_to_evaluation
 from tunerkit.functional import get_peft_model_state_dict
 from tunerkit.journal import Journal
 from tunerkit.keywords import check_loading, check_saving
-from tunerkit.modules import set_modes, sets_own_mode
-from tunerkit.names import RESERVED_NAMES, EntryModule
+from tunerkit.names import RESERVED_NAMES
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
 from tunerkit.preparation import add_input_hooks, checkpoints_gradients
@@ -69,7 +68,10 @@ class StoredModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
+        from tunerkit.integrations import introduce  # noqa: PLC0415 - for those who have such a model alone
+
         super().__init__()
+        introduce(StoredModel)
         refusals.check_model(model, "PeftModel(model, peft_config)", peft_config)
         if isinstance(model, StoredModel):
             msg = (
@@ -291,7 +293,7 @@ class StoredModel(nn.Module):
             loaded = kind(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=meta)
             saved.put_into(loaded, adapter_name, strict=strict, verify=verify)
             if not is_trainable:
-                loaded._evaluate(journal)
+                set_to_evaluation(loaded, loaded.base_model.parts.values(), journal)
         return loaded
 
     def load_adapter(
@@ -354,47 +356,5 @@ class StoredModel(nn.Module):
                 saved.check_same(self.peft_config[adapter_name], adapter_name)
             report = saved.put_into(self, adapter_name, strict=strict, verify=verify)
             if not is_trainable:
-                self._evaluate(journal)
+                set_to_evaluation(self, self.base_model.parts.values(), journal)
         return report
-
-    def _evaluate(self, journal: Journal) -> None:
-        """Do what `eval()` does, noting which of the model's modules and adapters were in training mode.
-
-        One walk does both, and touches nothing that is in evaluation already.
-        """
-        trained = journal.note_training()
-        # The parts first: what a module's own `train` reaches of them has been noted then.
-        found: list[nn.Module] = [*self.base_model.parts.values(), self]
-        for one in found:  # which grows meanwhile
-            if sets_own_mode(one, _PLAIN):
-                # What is below it is left to its own `train`.
-                trains = [module for module in _grow([one]) if module.training]
-                if trains:
-                    trained += trains
-                    set_modes([one], mode=False)
-                continue
-            if one.training:
-                trained.append(one)
-                one.__dict__["training"] = False
-            if type(one) is not EntryModule and one._modules:  # most have no children
-                _add_below(one, found)
-
-
-_PLAIN = (nn.Module.train, BaseTuner.train, AdaptedLayer.train)
-"""Ways to set training mode that do no more than to set it for a module and all that is below it."""
-
-
-def _grow(found: list[nn.Module]) -> list[nn.Module]:
-    for one in found:  # which grows meanwhile
-        _add_below(one, found)
-    return found
-
-
-def _add_below(module: nn.Module, found: list[nn.Module]) -> None:
-    """Add what is right below a module, its adapters too, which stand outside the module tree."""
-    if issubclass(type(module), AdaptedLayer):  # `isinstance` is answered in Python where the answer is no
-        found += module.__dict__["_adapters"].values()
-    if type(module) is not EntryModule:  # which only shows what the adapters hold
-        for child in module._modules.values():
-            if child is not None:
-                found.append(child)

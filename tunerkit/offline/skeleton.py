@@ -19,6 +19,7 @@ import torch
 from tunerkit.errors import CheckpointError, TunerkitError
 from tunerkit.naming import listing
 from tunerkit.offline.model_folder import MODEL_CONFIG, read_model_config
+from tunerkit.peft_types import AUTO_CLASSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -26,16 +27,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _EXTRA = "Install with: pip install 'tunerkit[merge]'"
-
-# What a task's new model is made with, where the adapter's config does not name the class.
-_TASKS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 @dataclass(frozen=True)
@@ -195,7 +186,7 @@ def _classes(own: Mapping[str, Any], adapter: Mapping[str, Any], config: Any) ->
             seen.add(kind)  # type: ignore[arg-type]
             yield kind  # type: ignore[misc]
     task = adapter.get("task_type")
-    for name in (_TASKS.get(task) if isinstance(task, str) else None, "AutoModel"):
+    for name in (AUTO_CLASSES.get(task) if isinstance(task, str) else None, "AutoModel"):
         kind = None if name is None else getattr(transformers, name)._model_mapping.get(type(config), None)
         for one in kind if isinstance(kind, (list, tuple)) else (kind,):
             if one is not None and one not in seen:
