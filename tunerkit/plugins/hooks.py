@@ -24,7 +24,7 @@ API_VERSION = 1
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
-"""Marks a plugin's function as its answer to the hook of that name; with `wrapper=True`, as what runs around answers."""
+"""Marks a plugin's function as its answer to the hook of its name; with `wrapper=True`, as what runs around answers."""
 
 
 @hookspec(firstresult=True)
