@@ -7,7 +7,8 @@ An author subclasses `MethodConformance` in a test module and says what the conf
             return MyConfig(rank=4)
 
 pytest then runs every check that the core relies on. The docstring of a check says what it protects and how to mend
-what it finds. Its name, `test_...`, is what `absent` takes to leave one out, with a reason that the report shows.
+what it finds. Its name, `test_...`, is what `absent` takes to leave one out, with a reason that the report shows. What
+an adapter's class declares that it cannot do (`Adapter.unfoldable`) is left out too, for that reason.
 """
 
 from __future__ import annotations
