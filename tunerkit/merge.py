@@ -55,13 +55,18 @@ def merge_layers(
     _check(model, layers, names)
     if keep_base == "none":
         _check_foldable(layers, names, safe=safe)
-        _merge_by_hand(layers, names, safe=safe)
+        with torch.no_grad(), Journal() as journal:
+            for layer in layers:
+                if not isinstance(layer, AdaptedLayer):
+                    note_parameters(journal, layer)
+                    layer.merge(safe_merge=safe, adapter_names=list(names))
+            _merge_quantised(journal, layers, names, safe=safe)
         with torch.no_grad(), _held_weakly(trainable) as trained:
             for layer in layers:
                 if isinstance(layer, AdaptedLayer):
-                    layer.merge(safe_merge=safe, adapter_names=list(names))
+                    if not layer.site.quantised:
+                        layer.merge(safe_merge=safe, adapter_names=list(names))
                     trainable += [heir for old, heir in layer.forget_base() if id(old) in trained]
-        _report_rounding(_roundings(layers))
         return
     shared = _shared_parameters(model) if keep_base == "cpu" else set()
     with torch.no_grad(), Journal() as journal:
@@ -74,7 +79,7 @@ def merge_layers(
                     if original is not None and id(original) not in shared:
                         journal.note(move, original, original.device)
                         move(original, torch.device("cpu"))
-        _report_rounding(_roundings(layers))
+        _report_rounding({layer.site.name: layer.rounding for layer in layers if isinstance(layer, AdaptedLayer)})
 
 
 def check_keep(keep_base: str, biases: Biases) -> None:
@@ -104,13 +109,17 @@ def _check_foldable(layers: Sequence[BaseTunerLayer], names: Sequence[str], *, s
             fold(layer.site, layer.bare_site, adapters, safe=safe)
 
 
-def _merge_by_hand(layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
-    """Merge in the layers written by hand, which alone know whether they can, or in none of them."""
-    with Journal() as journal:
-        for layer in layers:
-            if not isinstance(layer, AdaptedLayer):
-                note_parameters(journal, layer)
-                layer.merge(safe_merge=safe, adapter_names=list(names))
+def _merge_quantised(journal: Journal, layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
+    """Merge in the quantised layers, and say how far that rounds them.
+
+    They come before the other layers, with their originals kept meanwhile, which are small: whoever makes an error of
+    what is said finds the model as it was.
+    """
+    quantised = [layer for layer in layers if isinstance(layer, AdaptedLayer) and layer.site.quantised]
+    for layer in quantised:
+        note_parameters(journal, layer)
+        layer.merge(safe_merge=safe, adapter_names=list(names))
+    _report_rounding({layer.site.name: layer.rounding for layer in quantised}, stacklevel=5)
 
 
 def unmerge_layers(model: nn.Module) -> None:
@@ -217,18 +226,15 @@ def merge_for_good(
                     note_parameters(journal, layer)
                     journal.note_flags(layer.parameters())  # type: ignore[attr-defined]
                     heirs += finish(layer)
+            if not dequantize:
+                _merge_quantised(journal, layers, names, safe=False)
         trainable += heirs
-        errors: dict[str, float] = {}
         for layer in layers:
             if isinstance(layer, AdaptedLayer):
                 if dequantize:
                     layer.dequantize()
-                if layer.site.quantised:  # asked before the layer forgets what was merged
-                    layer.merge(adapter_names=list(names))
-                    errors[layer.site.name] = layer.rounding
                 trainable += finish(layer)
     _untie(model, trainable)
-    _report_rounding(errors)
 
 
 @contextlib.contextmanager
@@ -318,11 +324,7 @@ def _check_in_place(model: nn.Module, layers: Sequence[BaseTunerLayer], names: S
             raise MergeError(msg)
 
 
-def _roundings(layers: Sequence[BaseTunerLayer]) -> dict[str, float]:
-    return {layer.site.name: layer.rounding for layer in layers if isinstance(layer, AdaptedLayer)}
-
-
-def _report_rounding(roundings: dict[str, float]) -> None:
+def _report_rounding(roundings: dict[str, float], stacklevel: int = 4) -> None:
     errors = {name: error for name, error in roundings.items() if error}
     if errors:
         worst = max(errors, key=errors.__getitem__)
@@ -331,7 +333,7 @@ def _report_rounding(roundings: dict[str, float]) -> None:
             f"{errors[worst]:.2%} of the norm of the exact weight ({worst!r}). merge_and_unload(dequantize=True) is "
             "exact and leaves these layers unquantised."
         )
-        warnings.warn(QuantisationWarning(msg, errors), stacklevel=4)
+        warnings.warn(QuantisationWarning(msg, errors), stacklevel=stacklevel)
 
 
 def _untie(model: nn.Module, trainable: list[nn.Parameter]) -> None:
