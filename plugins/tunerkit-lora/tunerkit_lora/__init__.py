@@ -18,6 +18,7 @@ from tunerkit_lora.dora import AnchoredDora, DoraConvolution, DoraEmbedding, Dor
 from tunerkit_lora.embedding import LoraEmbedding
 from tunerkit_lora.experts import LoraExperts
 from tunerkit_lora.inits.eva import get_eva_state_dict, initialize_lora_eva_weights
+from tunerkit_lora.inits.replacing import replace_lora_weights_loftq
 from tunerkit_lora.layers import (
     Conv1d,
     Conv2d,
@@ -28,7 +29,6 @@ from tunerkit_lora.layers import (
     MultiheadAttention,
     ParamWrapper,
 )
-from tunerkit_lora.inits.replacing import replace_lora_weights_loftq
 from tunerkit_lora.loftq import LoftqLora
 from tunerkit_lora.model import LoraModel
 from tunerkit_lora.scale import rescale_adapter_scale
@@ -82,7 +82,10 @@ _BY_KIND = {kind: adapter for adapter in _PLAIN for kind in adapter.kinds}
 _BY_KIND_WITH_DORA = {**_BY_KIND, **{kind: adapter for adapter in _DORA for kind in adapter.kinds}}
 
 method = Method(
-    config=LoraConfig, adapter=(*_PLAIN, AnchoredLora, LoftqLora, *_DORA, AnchoredDora, LoftqDora), tuner=LoraModel, tags=("lora",)
+    config=LoraConfig,
+    adapter=(*_PLAIN, AnchoredLora, LoftqLora, *_DORA, AnchoredDora, LoftqDora),
+    tuner=LoraModel,
+    tags=("lora",),
 )
 
 

@@ -70,7 +70,7 @@ class LoftqLora(LoraAdapter):
     """
 
     entries: ClassVar[tuple[str, ...]] = (*LoraAdapter.entries, "lora_start_weight")
-
+    base_like: ClassVar[tuple[str, ...]] = ("lora_start_weight",)
     lora_start_weight: Tensor
 
     def start(self, site: Site, config: LoraConfig) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,8 @@ class LoftqLora(LoraAdapter):
     @property
     def room(self) -> int:
         """The rank that the factors have room for; of a weight of a lower rank than `r` they have that many."""
-        return self.r + len(self.lora_A.weight) - min(self.r, *self.lora_start_weight.shape)
+        held, most = len(self.lora_A.weight), min(self.r, *self.lora_start_weight.shape)
+        return self.r + held - most
 
     def take(self, other: Adapter) -> None:
         """Take over another adapter, and the weight that it started on; see `Adapter.take`."""

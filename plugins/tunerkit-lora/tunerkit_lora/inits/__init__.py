@@ -91,9 +91,7 @@ def _check_kind(site: Site, init: str) -> None:
         raise UnsupportedSiteError(msg)
 
 
-def loftq_factors(
-    site: Site, rank: int, scaling: float, config: LoftQConfig
-) -> tuple[Tensor, Tensor, Tensor]:
+def loftq_factors(site: Site, rank: int, scaling: float, config: LoftQConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Return the factors ``A`` and ``B`` that LoftQ starts with, and the weight that it puts in place of the base's.
 
     They are made for real also while tensors are made on the meta device; see `special_factors`.

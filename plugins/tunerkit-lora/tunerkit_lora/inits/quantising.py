@@ -41,11 +41,11 @@ def loftq(weight: Tensor, rank: int, scaling: float, bits: int, rounds: int) -> 
     Returns:
         `A`, rank x in, `B`, out x rank, and the quantised weight, as numbers in float32.
     """
-    rest = weight
-    for _ in range(rounds):
-        quantised = rounded(rest, bits)
+    quantised = rounded(weight, bits)
+    first, second = pissa(weight - quantised, rank, scaling)
+    for _ in range(rounds - 1):
+        quantised = rounded(weight - scaling * second @ first, bits)
         first, second = pissa(weight - quantised, rank, scaling)
-        rest = weight - scaling * second @ first
     return first, second, quantised
 
 

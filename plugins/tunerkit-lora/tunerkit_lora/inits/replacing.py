@@ -58,8 +58,9 @@ def replace_lora_weights_loftq(
         CheckpointError: The files are not there or broken, or lack a weight, or have it in another form. In any case
             the model is as it was.
     """
-    if not isinstance(peft_model, PeftModel):
-        msg = f"peft_model must be a PeftModel; it is a {type(peft_model).__name__}. Call get_peft_model first."
+    given: object = peft_model
+    if not isinstance(given, PeftModel):
+        msg = f"peft_model must be a PeftModel; it is a {type(given).__name__}. Call get_peft_model first."
         raise ArgumentError(msg)
     peft_model.base_model.check_known([adapter_name])
     layers = _quantised_layers(peft_model, adapter_name)
