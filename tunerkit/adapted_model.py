@@ -314,6 +314,7 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
 
         Nothing of the original parameters is kept, so this needs no memory beyond one layer's. A quantised layer is
         quantised again, which rounds its weight; with `dequantize` a layer that is not quantised takes its place.
+        Otherwise the quantised weights, which are small, are there twice until how far they are rounded is told.
 
         Args:
             progressbar: Show progress.

@@ -55,13 +55,11 @@ def merge_layers(
     _check(model, layers, names)
     if keep_base == "none":
         _check_foldable(layers, names, safe=safe)
-        _merge_by_hand(layers, names, safe=safe)
-        with torch.no_grad(), _held_weakly(trainable) as trained:
-            for layer in layers:
-                if isinstance(layer, AdaptedLayer):
-                    layer.merge(safe_merge=safe, adapter_names=list(names))
-                    trainable += [heir for old, heir in layer.forget_base() if id(old) in trained]
-        _report_rounding(_roundings(layers))
+        with torch.no_grad(), Journal() as journal:
+            _merge_by_hand(journal, layers, names, safe=safe)
+            _merge_quantised(journal, layers, names, safe=safe)
+            _report_rounding(_roundings(layers))
+        _merge_rest(layers, names, trainable, safe=safe)
         return
     shared = _shared_parameters(model) if keep_base == "cpu" else set()
     with torch.no_grad(), Journal() as journal:
@@ -75,6 +73,19 @@ def merge_layers(
                         journal.note(move, original, original.device)
                         move(original, torch.device("cpu"))
         _report_rounding(_roundings(layers))
+
+
+@torch.no_grad()
+def _merge_rest(
+    layers: Sequence[BaseTunerLayer], names: Sequence[str], trainable: list[nn.Parameter], *, safe: bool
+) -> None:
+    """Merge in the layers that are not merged yet, and give up the originals of all of them."""
+    with _held_weakly(trainable) as trained:
+        for layer in layers:
+            if isinstance(layer, AdaptedLayer):
+                if not layer.site.quantised:
+                    layer.merge(safe_merge=safe, adapter_names=list(names))
+                trainable += [heir for old, heir in layer.forget_base() if id(old) in trained]
 
 
 def check_keep(keep_base: str, biases: Biases) -> None:
@@ -104,13 +115,23 @@ def _check_foldable(layers: Sequence[BaseTunerLayer], names: Sequence[str], *, s
             fold(layer.site, layer.bare_site, adapters, safe=safe)
 
 
-def _merge_by_hand(layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
-    """Merge in the layers written by hand, which alone know whether they can, or in none of them."""
-    with Journal() as journal:
-        for layer in layers:
-            if not isinstance(layer, AdaptedLayer):
-                note_parameters(journal, layer)
-                layer.merge(safe_merge=safe, adapter_names=list(names))
+def _merge_by_hand(journal: Journal, layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
+    """Merge in the layers written by hand, which come first because they alone know whether they can."""
+    for layer in layers:
+        if not isinstance(layer, AdaptedLayer):
+            note_parameters(journal, layer)
+            layer.merge(safe_merge=safe, adapter_names=list(names))
+
+
+def _merge_quantised(journal: Journal, layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
+    """Merge in the quantised layers, with their originals, which are small, kept until it is known that they can go.
+
+    How far that rounds them is told meanwhile: whoever makes an error of it finds the model as it was.
+    """
+    for layer in layers:
+        if isinstance(layer, AdaptedLayer) and layer.site.quantised:
+            note_parameters(journal, layer)
+            layer.merge(safe_merge=safe, adapter_names=list(names))
 
 
 def unmerge_layers(model: nn.Module) -> None:
@@ -217,18 +238,16 @@ def merge_for_good(
                     note_parameters(journal, layer)
                     journal.note_flags(layer.parameters())  # type: ignore[attr-defined]
                     heirs += finish(layer)
+            if not dequantize:
+                _merge_quantised(journal, layers, names, safe=False)
+                _report_rounding(_roundings(layers))
         trainable += heirs
-        errors: dict[str, float] = {}
         for layer in layers:
             if isinstance(layer, AdaptedLayer):
                 if dequantize:
                     layer.dequantize()
-                if layer.site.quantised:  # asked before the layer forgets what was merged
-                    layer.merge(adapter_names=list(names))
-                    errors[layer.site.name] = layer.rounding
                 trainable += finish(layer)
     _untie(model, trainable)
-    _report_rounding(errors)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.errors import StatusError, UnknownAdapterError
 from tunerkit.tuner import find_tuner, tuner_of
 
@@ -36,7 +37,8 @@ class TunerLayerStatus:
             never trains do not count.
         available_adapters: The names of all its adapters, sorted.
         devices: By adapter, the types of the devices that hold its tensors.
-        quantization_backend: The library that stores the base layer's weight, or None if it is a plain tensor.
+        quantization_backend: The library that stores the base layer's weight, and in how many bits, such as
+            `"bnb 4bit"`, or None if it is a plain tensor.
     """
 
     name: str
@@ -67,7 +69,8 @@ class TunerModelStatus:
         requires_grad: By adapter, whether its tensors train, those included that it has once per model.
         available_adapters: The names of all adapters that a layer has, sorted.
         devices: By adapter, the types of the devices that hold its tensors.
-        quantization_backend: The library that stores the weights of the adapted layers, or None.
+        quantization_backend: The library that stores the weights of the adapted layers, or None; irregular if it is
+            not the same for all of them.
     """
 
     base_model_type: str
@@ -125,6 +128,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     active = {tuple(layer.active_adapters) for layer in layers}
     enabled = {layer.enabled for layer in layers}
     merged = {name for layer in layers for name in layer.merged_adapters}
+    backends = {layer.quantization_backend for layer in layers}
     partly = any(merged & (set(layer.available_adapters) - set(layer.merged_adapters)) for layer in layers)
     parts = {name: _trains(part.parameters()) for name, part in tuner.parts.items() if [*part.parameters()]}
     return TunerModelStatus(
@@ -146,6 +150,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
             name: sorted({device for devices in found for device in devices})
             for name, found in _gathered(layer.devices for layer in layers).items()
         },
+        quantization_backend=backends.pop() if len(backends) == 1 else "irregular",
     )
 
 
@@ -183,6 +188,7 @@ def _status_of(path: str, layer: BaseTunerLayer) -> TunerLayerStatus:
         requires_grad={name: _trains(tensors) for name in names if (tensors := [*layer.trainable_tensors(name)])},
         available_adapters=names,
         devices={name: sorted({t.device.type for t in layer.adapter_tensors(name).values()}) for name in names},
+        quantization_backend=layer.site.backend if isinstance(layer, AdaptedLayer) else None,
     )
 
 

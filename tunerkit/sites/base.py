@@ -128,6 +128,7 @@ class Site:
         transposed: Whether the layer stores its weight in x out.
         quantised: Whether the layer stores its weight with far fewer digits than it computes with, so that merging
             rounds it; how far is then reported.
+        backend: The library that stores it so, and in how many bits, as PEFT spells it in a model's status, or None.
         module: The layer itself.
         name: Its path in the model.
     """
@@ -137,6 +138,7 @@ class Site:
     along: ClassVar[tuple[str, ...]] = ()
     transposed: ClassVar[bool] = False
     quantised: ClassVar[bool] = False
+    backend: ClassVar[str | None] = None
     __slots__ = ("module", "name")
 
     def __init__(self, module: nn.Module, name: str = "") -> None:

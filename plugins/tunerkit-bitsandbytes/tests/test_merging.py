@@ -162,12 +162,27 @@ class TestSeveral:
             model.merge_adapter(safe_merge=True)
         assert model.base_model.model.first.base_layer.weight is weight
 
-    def test_a_warning_that_is_an_error_undoes_the_merge(self, form):
-        model = adapted(form)
-        weight = model.base_model.model.first.base_layer.weight
+    @pytest.mark.parametrize(
+        "merge",
+        [
+            lambda model: model.merge_adapter(),
+            lambda model: model.merge_adapter(keep_base="none"),
+            lambda model: model.merge_and_unload(),
+        ],
+        ids=["kept", "not_kept", "for_good"],
+    )
+    def test_a_warning_that_is_an_error_undoes_the_merge(self, form, merge, x):
+        model = get_peft_model(
+            quantised(Mlp(), form), LoraConfig(r=4, target_modules=["first", "head"], init_lora_weights=False)
+        ).eval()
+        before = model(x)
+        modules = dict(model.named_modules())
+        parameters = dict(model.named_parameters())
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with pytest.raises(QuantisationWarning):
-                model.merge_adapter()
-        assert model.base_model.model.first.base_layer.weight is weight
-        assert not model.base_model.model.first.merged
+                merge(model)
+        assert all(modules[name] is module for name, module in model.named_modules())
+        assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+        assert not any(layer.merged for layer in model.base_model.layers())
+        assert torch.equal(model(x), before)

@@ -136,6 +136,23 @@ def test_numbers_in_the_order_of_some_processors(nested):
 
 
 @pytest.mark.parametrize("form", FORMATS)
+def test_the_status_names_the_library(form):
+    name = "bnb 8bit" if form == "int8" else "bnb 4bit"
+    model = get_peft_model(quantised(Mlp(), form), LoraConfig(target_modules=["first", "second"]))
+    assert {layer.quantization_backend for layer in model.get_layer_status()} == {name}
+    assert model.get_model_status().quantization_backend == name
+    model.add_adapter("other", LoraConfig(target_modules=["second", "head"]))
+    assert [layer.quantization_backend for layer in model.get_layer_status()] == [name, name, None]
+    assert model.get_model_status().quantization_backend == "irregular"
+
+
+def test_the_status_has_pefts_names_for_it():
+    quantization = pytest.importorskip("peft.utils.quantization_utils", reason="comparing with PEFT needs it")
+    assert FourBitSite.backend == quantization.Bnb4bitBackend.backend_name
+    assert EightBitSite.backend == quantization.Bnb8bitBackend.backend_name
+
+
+@pytest.mark.parametrize("form", FORMATS)
 class TestGradients:
     """With gradients a layer computes with its weight in full precision, so they are the formula's."""
 

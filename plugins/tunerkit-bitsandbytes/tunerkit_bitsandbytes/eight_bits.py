@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from bitsandbytes import functional
@@ -27,6 +27,7 @@ class EightBitSite(QuantisedSite):
     a state of its own.
     """
 
+    backend: ClassVar[str | None] = "bnb 8bit"
     __slots__ = ()
 
     @classmethod

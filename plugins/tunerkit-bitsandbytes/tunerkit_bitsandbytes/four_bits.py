@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitsandbytes import functional
 from bitsandbytes.nn import Params4bit
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class FourBitSite(QuantisedSite):
     """A linear layer whose weight is stored in four bits a number, NF4 or FP4."""
 
+    backend: ClassVar[str | None] = "bnb 4bit"
     __slots__ = ()
 
     @classmethod
