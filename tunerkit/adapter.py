@@ -43,6 +43,7 @@ class Adapter(LeanModule):
         crosses_rows: Why what it does with a row of a batch depends on the other rows, so that rows of one batch cannot
             have adapters of their own; None if it does not.
         settings: The names of the plain numbers that `forward` reads and that the config decides, such as a scaling.
+        base_like: The names of buffers that stand in for the layer's own tensors, and keep the dtype of these.
         part: What this adapter shares with those of the same name at other sites, if the method has a `Part`.
     """
 
@@ -52,6 +53,7 @@ class Adapter(LeanModule):
     commutes: bool = False
     crosses_rows: str | None = None
     settings: ClassVar[tuple[str, ...]] = ()
+    base_like: ClassVar[tuple[str, ...]] = ()
     part: Part | None = None
 
     def __init__(self, site: Site, config: PeftConfig) -> None:

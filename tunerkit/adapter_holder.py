@@ -158,7 +158,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         state["_frozen"] = frozen_keys(adapter, tensors)
         # Here, where its tensors are at hand: finding them once more costs as much as what is done to them.
         if upcast:
-            cast_up(tensors)
+            _cast_up(adapter, tensors)
         if not trains:
             set_trains([one for one in tensors if isinstance(one, nn.Parameter)], [], trains=False)
         if adapter.training != self.training:
@@ -175,7 +175,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         """Make an adapter's tensors float32 where they are of lower precision, in place."""
         adapter = self._adapters.get(name)
         if adapter is not None:
-            cast_up(tensors_in(adapter))
+            _cast_up(adapter, tensors_in(adapter))
 
     def trainable_tensors(self, name: str) -> Sequence[Tensor]:
         """Return the tensors of an adapter that train when it does."""
@@ -320,3 +320,9 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         # While adapters are merged, the bare layer is not what the base layer holds; only the general way knows that.
         state["_sole"] = stack[0] if len(stack) == 1 and merged is None else None
         self._owner.changes += 1
+
+
+def _cast_up(adapter: Adapter, tensors: Sequence[Tensor]) -> None:
+    """Make an adapter's tensors float32 where they are of lower precision, in place."""
+    kept = {id(getattr(adapter, name)) for name in adapter.base_like}
+    cast_up([tensor for tensor in tensors if id(tensor) not in kept] if kept else tensors)

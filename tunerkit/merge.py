@@ -56,17 +56,10 @@ def merge_layers(
     if keep_base == "none":
         _check_foldable(layers, names, safe=safe)
         with torch.no_grad(), Journal() as journal:
-            for layer in layers:
-                if not isinstance(layer, AdaptedLayer):
-                    note_parameters(journal, layer)
-                    layer.merge(safe_merge=safe, adapter_names=list(names))
+            _merge_by_hand(journal, layers, names, safe=safe)
             _merge_quantised(journal, layers, names, safe=safe)
-        with torch.no_grad(), _held_weakly(trainable) as trained:
-            for layer in layers:
-                if isinstance(layer, AdaptedLayer):
-                    if not layer.site.quantised:
-                        layer.merge(safe_merge=safe, adapter_names=list(names))
-                    trainable += [heir for old, heir in layer.forget_base() if id(old) in trained]
+            _report_rounding(_roundings(layers))
+        _merge_rest(layers, names, trainable, safe=safe)
         return
     shared = _shared_parameters(model) if keep_base == "cpu" else set()
     with torch.no_grad(), Journal() as journal:
@@ -79,7 +72,20 @@ def merge_layers(
                     if original is not None and id(original) not in shared:
                         journal.note(move, original, original.device)
                         move(original, torch.device("cpu"))
-        _report_rounding({layer.site.name: layer.rounding for layer in layers if isinstance(layer, AdaptedLayer)})
+        _report_rounding(_roundings(layers))
+
+
+@torch.no_grad()
+def _merge_rest(
+    layers: Sequence[BaseTunerLayer], names: Sequence[str], trainable: list[nn.Parameter], *, safe: bool
+) -> None:
+    """Merge in the layers that are not merged yet, and give up the originals of all of them."""
+    with _held_weakly(trainable) as trained:
+        for layer in layers:
+            if isinstance(layer, AdaptedLayer):
+                if not layer.site.quantised:
+                    layer.merge(safe_merge=safe, adapter_names=list(names))
+                trainable += [heir for old, heir in layer.forget_base() if id(old) in trained]
 
 
 def check_keep(keep_base: str, biases: Biases) -> None:
@@ -109,17 +115,23 @@ def _check_foldable(layers: Sequence[BaseTunerLayer], names: Sequence[str], *, s
             fold(layer.site, layer.bare_site, adapters, safe=safe)
 
 
-def _merge_quantised(journal: Journal, layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
-    """Merge in the quantised layers, and say how far that rounds them.
+def _merge_by_hand(journal: Journal, layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
+    """Merge in the layers written by hand, which come first because they alone know whether they can."""
+    for layer in layers:
+        if not isinstance(layer, AdaptedLayer):
+            note_parameters(journal, layer)
+            layer.merge(safe_merge=safe, adapter_names=list(names))
 
-    They come before the other layers, with their originals kept meanwhile, which are small: whoever makes an error of
-    what is said finds the model as it was.
+
+def _merge_quantised(journal: Journal, layers: Sequence[BaseTunerLayer], names: Sequence[str], *, safe: bool) -> None:
+    """Merge in the quantised layers, with their originals, which are small, kept until it is known that they can go.
+
+    How far that rounds them is told meanwhile: whoever makes an error of it finds the model as it was.
     """
-    quantised = [layer for layer in layers if isinstance(layer, AdaptedLayer) and layer.site.quantised]
-    for layer in quantised:
-        note_parameters(journal, layer)
-        layer.merge(safe_merge=safe, adapter_names=list(names))
-    _report_rounding({layer.site.name: layer.rounding for layer in quantised}, stacklevel=5)
+    for layer in layers:
+        if isinstance(layer, AdaptedLayer) and layer.site.quantised:
+            note_parameters(journal, layer)
+            layer.merge(safe_merge=safe, adapter_names=list(names))
 
 
 def unmerge_layers(model: nn.Module) -> None:
@@ -228,6 +240,7 @@ def merge_for_good(
                     heirs += finish(layer)
             if not dequantize:
                 _merge_quantised(journal, layers, names, safe=False)
+                _report_rounding(_roundings(layers))
         trainable += heirs
         for layer in layers:
             if isinstance(layer, AdaptedLayer):
@@ -324,7 +337,11 @@ def _check_in_place(model: nn.Module, layers: Sequence[BaseTunerLayer], names: S
             raise MergeError(msg)
 
 
-def _report_rounding(roundings: dict[str, float], stacklevel: int = 4) -> None:
+def _roundings(layers: Sequence[BaseTunerLayer]) -> dict[str, float]:
+    return {layer.site.name: layer.rounding for layer in layers if isinstance(layer, AdaptedLayer)}
+
+
+def _report_rounding(roundings: dict[str, float]) -> None:
     errors = {name: error for name, error in roundings.items() if error}
     if errors:
         worst = max(errors, key=errors.__getitem__)
@@ -333,7 +350,7 @@ def _report_rounding(roundings: dict[str, float], stacklevel: int = 4) -> None:
             f"{errors[worst]:.2%} of the norm of the exact weight ({worst!r}). merge_and_unload(dequantize=True) is "
             "exact and leaves these layers unquantised."
         )
-        warnings.warn(QuantisationWarning(msg, errors), stacklevel=stacklevel)
+        warnings.warn(QuantisationWarning(msg, errors), stacklevel=4)
 
 
 def _untie(model: nn.Module, trainable: list[nn.Parameter]) -> None:

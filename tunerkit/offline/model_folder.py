@@ -15,7 +15,7 @@ from tunerkit.naming import listing
 from tunerkit.offline.tensor_file import TensorFile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 MODEL_CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -66,23 +66,12 @@ class ModelFolder:
                 "what is merged. Move the adapter's files to a folder of their own."
             )
             raise CheckpointError(msg)
-        index = None
-        if (path / WEIGHTS).is_file():
-            names = [WEIGHTS]
-        elif (path / INDEX).is_file():
-            index = _read_json(path / INDEX)
-            names = _shards(path / INDEX, index)
-        else:
-            raise CheckpointNotFoundError(_no_weights(path))
-        files = tuple(TensorFile.open(path / name) for name in names)
-        if index is not None:
-            _check_index(path / INDEX, index, files)
-        return cls(path, config, index, files)
+        return cls(path, config, *open_weights(path))
 
     @property
     def where(self) -> dict[str, TensorFile]:
         """The file that holds each tensor, by key."""
-        return {key: file for file in self.files for key in file.entries}
+        return files_by_key(self.files)
 
     def others(self) -> tuple[list[Path], list[Path]]:
         """Return what else is in the folder, as paths below it: what belongs to the model, and what is left out.
@@ -101,6 +90,35 @@ class ModelFolder:
             out = entry.name in _OTHER_FOLDERS if entry.is_dir() else weights
             (left if out else kept).append(entry.relative_to(self.path))
         return kept, left
+
+
+def open_weights(path: Path) -> tuple[dict[str, Any] | None, tuple[TensorFile, ...]]:
+    """Read the headers of the safetensors files in a model's folder, and no tensor.
+
+    Returns:
+        What the index of a sharded model holds, None for a model in one file, and the files in the order of their
+        names.
+
+    Raises:
+        CheckpointError: The folder holds no model in safetensors, or a broken file.
+    """
+    index = None
+    if (path / WEIGHTS).is_file():
+        names = [WEIGHTS]
+    elif (path / INDEX).is_file():
+        index = _read_json(path / INDEX)
+        names = _shards(path / INDEX, index)
+    else:
+        raise CheckpointNotFoundError(_no_weights(path))
+    files = tuple(TensorFile.open(path / name) for name in names)
+    if index is not None:
+        _check_index(path / INDEX, index, files)
+    return index, files
+
+
+def files_by_key(files: Iterable[TensorFile]) -> dict[str, TensorFile]:
+    """Return the file that holds each tensor, by key."""
+    return {key: file for file in files for key in file.entries}
 
 
 def read_model_config(path: Path) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from tunerkit_lora.attention import LoraAttention, LoraOutputProjection
 from tunerkit_lora.base import LowRankAdapter
 from tunerkit_lora.config import LoraConfig, LoraRuntimeConfig
 from tunerkit_lora.convolution import LoraConvolution
-from tunerkit_lora.dora import AnchoredDora, DoraConvolution, DoraEmbedding, DoraLinear
+from tunerkit_lora.dora import AnchoredDora, DoraConvolution, DoraEmbedding, DoraLinear, LoftqDora
 from tunerkit_lora.embedding import LoraEmbedding
 from tunerkit_lora.experts import LoraExperts
 from tunerkit_lora.inits.eva import get_eva_state_dict, initialize_lora_eva_weights
+from tunerkit_lora.inits.replacing import replace_lora_weights_loftq
 from tunerkit_lora.layers import (
     Conv1d,
     Conv2d,
@@ -28,6 +29,7 @@ from tunerkit_lora.layers import (
     MultiheadAttention,
     ParamWrapper,
 )
+from tunerkit_lora.loftq import LoftqLora
 from tunerkit_lora.model import LoraModel
 from tunerkit_lora.scale import rescale_adapter_scale
 from tunerkit_lora.subconfigs import EvaConfig, LoftQConfig
@@ -51,6 +53,8 @@ __all__ = [
     "EvaConfig",
     "Linear",
     "LoftQConfig",
+    "LoftqDora",
+    "LoftqLora",
     "LoraAdapter",
     "LoraAttention",
     "LoraConfig",
@@ -67,6 +71,7 @@ __all__ = [
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "method",
+    "replace_lora_weights_loftq",
     "rescale_adapter_scale",
 ]
 
@@ -77,7 +82,10 @@ _BY_KIND = {kind: adapter for adapter in _PLAIN for kind in adapter.kinds}
 _BY_KIND_WITH_DORA = {**_BY_KIND, **{kind: adapter for adapter in _DORA for kind in adapter.kinds}}
 
 method = Method(
-    config=LoraConfig, adapter=(*_PLAIN, AnchoredLora, *_DORA, AnchoredDora), tuner=LoraModel, tags=("lora",)
+    config=LoraConfig,
+    adapter=(*_PLAIN, AnchoredLora, LoftqLora, *_DORA, AnchoredDora, LoftqDora),
+    tuner=LoraModel,
+    tags=("lora",),
 )
 
 
@@ -92,7 +100,7 @@ def _create_and_replace(
 
 def _adapter_class(site: Site, config: LoraConfig) -> type[LowRankAdapter]:
     if isinstance(site, OutputProjectionSite) or site.kind == "attention":
-        if config.use_dora or config.is_anchored:
+        if config.use_dora or config.is_anchored or config.replaces_base:
             asked = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
             msg = (
                 f"The attention layer {site.name!r} cannot be adapted with {asked}. Leave it out, or do not target it."
@@ -101,4 +109,6 @@ def _adapter_class(site: Site, config: LoraConfig) -> type[LowRankAdapter]:
         return LoraAttention if site.kind == "attention" else LoraOutputProjection
     if site.kind == "linear" and config.is_anchored:
         return AnchoredDora if config.use_dora else AnchoredLora
+    if site.kind == "linear" and config.replaces_base:
+        return LoftqDora if config.use_dora else LoftqLora
     return (_BY_KIND_WITH_DORA if config.use_dora else _BY_KIND)[site.kind]

@@ -46,11 +46,15 @@ class LoraAdapter(LowRankAdapter):
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
-        first, second = starting_factors(site, self.r, self.scaling, config)
+        first, second = self.start(site, config)
         own = self._modules  # not by attributes, which would cost as much as the factors
         own["lora_A"], own["lora_B"] = self.make_layers(site, first, second, starting_bias(site, self.r, config))
         if not config.trains_second:
             self.lora_B.requires_grad_(requires_grad=False)
+
+    def start(self, site: Site, config: LoraConfig) -> tuple[Tensor, Tensor]:
+        """Return the factors that a new adapter starts from; see `starting_factors`."""
+        return starting_factors(site, self.r, self.scaling, config)
 
     @staticmethod
     def make_layers(site: Site, first: Tensor, second: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:

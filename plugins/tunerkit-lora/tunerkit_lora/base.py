@@ -106,6 +106,21 @@ class LowRankAdapter(AdditiveAdapter):
         """Return a vector with a number for each output in a shape that broadcasts to the layer's output."""
         return vector
 
+    # Starts that are made after the adapter
+
+    def restart(self, base: Site, first: Tensor, second: Tensor) -> None:
+        """Start anew from other factors, in place.
+
+        Args:
+            base: The bare layer.
+            first: ``A``. Fewer rows than there are leave the others as they are, with zeros in ``B``.
+            second: ``B``.
+        """
+        del base
+        ours, theirs = self.factors
+        ours[: len(first)].copy_(first)
+        theirs.zero_()[:, : len(first)].copy_(second)
+
     # Checkpoints
 
     def standalone(self, tensors: dict[str, Tensor], initial: dict[str, Tensor] | None) -> dict[str, Tensor]:

@@ -105,6 +105,12 @@ def _rank(kind: str, adapters: Sequence[str], configs: Sequence[LoraConfig], svd
                 "Save it with path_initial_model_for_weight_conversion, and combine what that gives."
             )
             raise CombinationError(msg)
+        if getattr(config, "replaces_base", False):
+            msg = (
+                f"{name!r} stands on a quantised weight in place of the base's (init_lora_weights='loftq'), which "
+                "factors cannot say. Merge it instead."
+            )
+            raise CombinationError(msg)
     largest = [max([config.r, *(config.rank_pattern or {}).values()]) for config in configs]
     if kind == "cat":
         return sum(largest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from tunerkit.config import PeftConfig, setting, unbuilt
 from tunerkit.errors import ConfigError, ConfigWarning, LoadWarning
@@ -17,12 +17,13 @@ from tunerkit_lora.subconfigs import EvaConfig, LoftQConfig
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+Made = TypeVar("Made", EvaConfig, LoftQConfig)
+
 _BASE_CHANGED = {
     "corda": (
         "CorDA takes its start off the base weight, and only the data it was computed from give it again. In PEFT, "
         "save with path_initial_model_for_weight_conversion."
     ),
-    "loftq": "LoftQ replaces the base weight by a quantised one. In PEFT, save that base too, and load it here.",
     "lora_ga": (
         "LoRA-GA takes its start off the base weight, and only the gradients it was computed from give it again. In "
         "PEFT, save with path_initial_model_for_weight_conversion."
@@ -66,7 +67,7 @@ class LoraConfig(PeftConfig):
         init_lora_weights: How `A` and `B` start. `True`: `A` Kaiming uniform, `B` zero. `"gaussian"`: `A` normal with
             standard deviation `1 / r`, `B` zero. `False`: both as PyTorch starts a linear layer, so that the adapter
             changes the output at once; for tests. `"pissa"`, `"pissa_niter_<number>"`, `"olora"`, `"orthogonal"`,
-            `"mica"` and `"eva"`: see `tunerkit_lora.inits`; for linear layers, `"mica"` for embeddings too.
+            `"mica"`, `"loftq"` and `"eva"`: see `tunerkit_lora.inits`; for linear layers, `"mica"` for embeddings too.
         layers_to_transform: The number of the layer to adapt, or several: of the modules that a list of targets means
             by the end of their path, only those in these layers are adapted.
         layers_pattern: A regex for the name before a layer's number in a path, or several; if not given, any name.
@@ -76,7 +77,7 @@ class LoraConfig(PeftConfig):
         megatron_config: Arguments of Megatron's parallel layers. *(not built)*
         megatron_core: The module that holds Megatron's core. *(not built)*
         trainable_token_indices: Rows of an embedding to train. *(not built)*
-        loftq_config: Settings of the LoftQ start, which is not made here; without effect.
+        loftq_config: Settings of the start `"loftq"`, a `LoftQConfig` or a dict of its fields; it is kept as a dict.
         eva_config: Settings of the start `"eva"`, an `EvaConfig`.
         corda_config: Settings of the CorDA start, which is not made here; without effect.
         lora_ga_config: Settings of the LoRA-GA start. *(not built)*
@@ -183,26 +184,39 @@ class LoraConfig(PeftConfig):
             if start != "gaussian" and not SPECIAL.fullmatch(start):
                 msg = (
                     f"LoraConfig.init_lora_weights={shown(given)} is not known; possible are True, False, "
-                    "'gaussian', 'pissa', 'pissa_niter_<number>', 'olora', 'orthogonal', 'eva' and 'mica'."
+                    "'gaussian', 'pissa', 'pissa_niter_<number>', 'olora', 'orthogonal', 'eva', 'mica' and 'loftq'."
                 )
                 raise ConfigError(msg)
         if isinstance(self.eva_config, dict):
-            try:
-                self.eva_config = EvaConfig(**self.eva_config)
-            except TypeError as error:
-                msg = f"LoraConfig.eva_config is not what EvaConfig takes: {error}."
-                raise ConfigError(msg) from error
+            self.eva_config = _made(EvaConfig, "eva_config", self.eva_config)
         if given == "eva" and self.eva_config is None:
             self.eva_config = EvaConfig()
+        self._check_loftq()
         idle = {
-            "loftq_config": self.loftq_config,
             "eva_config": self.eva_config if self.init_lora_weights != "eva" else None,
             "corda_config": self.corda_config,
         }
         for name in (name for name, value in idle.items() if value):
             msg = f"LoraConfig.{name} has no effect with init_lora_weights={given!r}."
             warnings.warn(ConfigWarning(msg), stacklevel=5)
-        self.loftq_config = {}
+
+    def _check_loftq(self) -> None:
+        """Check the settings of LoftQ, and bring them to the form in which PEFT's files have them."""
+        given = self.loftq_config
+        if self.init_lora_weights != "loftq":
+            if given:
+                msg = f"LoraConfig.loftq_config has no effect with init_lora_weights={self.init_lora_weights!r}."
+                warnings.warn(ConfigWarning(msg), stacklevel=6)
+            self.loftq_config = {}
+            return
+        if not given:
+            msg = (
+                "LoraConfig.init_lora_weights='loftq' needs loftq_config, for example "
+                "LoftQConfig(loftq_bits=4, loftq_iter=1)."
+            )
+            raise ConfigError(msg)
+        made = _made(LoftQConfig, "loftq_config", given) if isinstance(given, dict) else given
+        self.loftq_config = dict(vars(made))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -223,7 +237,10 @@ class LoraConfig(PeftConfig):
             warnings.warn(LoadWarning(msg), stacklevel=4)
             values = {**values, "init_lora_weights": True}
         # What it was started with says nothing of an adapter whose factors are in the file.
-        return super().from_dict({**values, "lora_ga_config": None})
+        idle: dict[str, Any] = {"lora_ga_config": None}
+        if str(values.get("init_lora_weights")).lower() != "loftq":
+            idle["loftq_config"] = {}
+        return super().from_dict({**values, **idle})
 
     @property
     def has_own_start(self) -> bool:
@@ -234,6 +251,16 @@ class LoraConfig(PeftConfig):
     def is_anchored(self) -> bool:
         """Whether the factors start from the weight itself, and that start is taken off again."""
         return self.has_own_start and ANCHORED.fullmatch(str(self.init_lora_weights)) is not None
+
+    @property
+    def replaces_base(self) -> bool:
+        """Whether the factors go with another weight in place of the base's."""
+        return self.init_lora_weights == "loftq"
+
+    @property
+    def loftq_settings(self) -> LoftQConfig:
+        """The settings of LoftQ."""
+        return _made(LoftQConfig, "loftq_config", self.loftq_config)
 
     @property
     def trains_second(self) -> bool:
@@ -262,3 +289,12 @@ class LoraConfig(PeftConfig):
     def alpha_for(self, name: str) -> float:
         """Return the numerator of the scale at the module of a path."""
         return pattern_value(self.alpha_pattern, name, self.lora_alpha)
+
+
+def _made(kind: type[Made], name: str, values: Any) -> Made:
+    """Return the settings that a dict of their fields stands for."""
+    try:
+        return kind(**values)
+    except TypeError as error:
+        msg = f"LoraConfig.{name} is not what {kind.__name__} takes: {error}."
+        raise ConfigError(msg) from error

@@ -13,6 +13,7 @@ from tunerkit_lora.anchored import AnchoredLora
 from tunerkit_lora.base import LowRankAdapter
 from tunerkit_lora.convolution import LoraConvolution
 from tunerkit_lora.embedding import LoraEmbedding
+from tunerkit_lora.loftq import LoftqLora, with_weight
 
 if TYPE_CHECKING:
     from tunerkit.sites import Below, Site
@@ -76,9 +77,18 @@ class DoraAdapter(LowRankAdapter):
                 f"{self.unfoldable}. Leave use_dora out, or do not target it."
             )
             raise UnsupportedSiteError(msg)
+        self.lora_magnitude_vector = Magnitude(self.starting_magnitude(site))
+
+    def starting_magnitude(self, base: Site) -> Tensor:
+        """Return ``m`` at the start: the lengths of the rows of ``W + s B A``, in the shape in which PEFT stores it."""
         first, second = self.factors
-        lengths = site.empty(len(second)) if first.is_meta else norms(self.rows(site), first, second, self.scaling)
-        self.lora_magnitude_vector = Magnitude(self.shaped(lengths.to(site.dtype)))
+        lengths = base.empty(len(second)) if first.is_meta else norms(self.rows(base), first, second, self.scaling)
+        return self.shaped(lengths.to(base.dtype))
+
+    def restart(self, base: Site, first: Tensor, second: Tensor) -> None:
+        """Start anew from other factors, with the magnitudes that go with them; see `LowRankAdapter.restart`."""
+        super().restart(base, first, second)
+        self.lora_magnitude_vector.weight.copy_(self.starting_magnitude(base))
 
     def rows(self, base: Site) -> Tensor:
         """Return the weight as the matrix from inputs to outputs."""
@@ -145,6 +155,16 @@ class AnchoredDora(DoraAdapter, AnchoredLora):
     """DoRA on a linear layer, with a start that is taken off again."""
 
     entries: ClassVar[tuple[str, ...]] = (*AnchoredLora.entries, _KEY)
+
+
+class LoftqDora(LoftqLora, DoraLinear):
+    """DoRA on a linear layer, on a quantised weight in place of the base's."""
+
+    entries: ClassVar[tuple[str, ...]] = (*LoftqLora.entries, _KEY)
+
+    def starting_magnitude(self, base: Site) -> Tensor:
+        """Return the inherited result on the quantised weight."""
+        return super().starting_magnitude(with_weight(base, self.lora_start_weight))
 
 
 class DoraConvolution(DoraAdapter, LoraConvolution):

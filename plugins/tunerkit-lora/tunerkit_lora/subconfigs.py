@@ -9,15 +9,27 @@ from tunerkit.errors import ConfigError
 
 @dataclass
 class LoftQConfig:
-    """Settings of the LoftQ start (arXiv 2310.08659), which this version does not make; see `LoraConfig`.
+    """Settings of LoftQ, "LoRA-Fine-Tuning-Aware Quantization for Large Language Models" (arXiv 2310.08659).
 
     Attributes:
-        loftq_bits: The bits of the quantisation.
+        loftq_bits: The bits of the quantised weight: 4 (NF4) or 8 (whole numbers).
         loftq_iter: How often quantising and decomposing take turns.
+
+    Raises:
+        ConfigError: One of them is out of range.
     """
 
     loftq_bits: int = 4
     loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        if self.loftq_bits not in (4, 8):
+            msg = f"LoftQConfig.loftq_bits must be 4 (NF4) or 8 (whole numbers); it is {self.loftq_bits!r}."
+            raise ConfigError(msg)
+        given: object = self.loftq_iter
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+            msg = f"LoftQConfig.loftq_iter must be a whole number of at least 1; it is {given!r}."
+            raise ConfigError(msg)
 
 
 @dataclass
