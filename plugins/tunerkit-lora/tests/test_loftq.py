@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from on_the_cpu import OnTheCpu
 from safetensors.torch import load_file
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import tunerkit
 from tunerkit.errors import CheckpointError, CombinationError, ConfigError, ConfigWarning, UnsupportedSiteError
@@ -18,20 +18,6 @@ peft = pytest.importorskip("peft", reason="comparing with PEFT needs it: pip ins
 transformers = pytest.importorskip("transformers", reason="PEFT's models to compare on are those of transformers")
 
 SETTINGS = [(4, 1), (4, 5), (8, 1), (8, 5)]
-
-
-class OnTheCpu(TorchFunctionMode):
-    """What PEFT's LoftQ does on a GPU, whatever there is, is done on the CPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
-        return function(*("cpu" if _is_gpu(one) else one for one in args), **kwargs)
-
-
-def _is_gpu(one):
-    return one == "cuda" if isinstance(one, str) else isinstance(one, torch.device) and one.type == "cuda"
 
 
 class Mlp(nn.Module):
@@ -345,7 +331,7 @@ def test_attention_has_no_such_start():
 
 
 def test_a_dtype_that_is_not_decomposed(base):
-    with pytest.raises(UnsupportedSiteError, match="that of 'wide' is torch.float64; it must be float32"):
+    with pytest.raises(UnsupportedSiteError, match=r"that of 'wide' is torch\.float64; it must be float32"):
         tunerkit.get_peft_model(base.double(), lora())
 
 
@@ -407,8 +393,8 @@ def test_there_is_no_plain_form(base, tmp_path):
     with pytest.raises(CheckpointError) as error:
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start")
     assert str(error.value) == (
-        "The adapter was started by LoftQ and stands on a quantised weight, which no plain adapter makes of the base's. "
-        "Save it as it is, or merge it and save the model."
+        "The adapter was started by LoftQ and stands on a quantised weight, which no plain adapter makes of the "
+        "base's. Save it as it is, or merge it and save the model."
     )
 
 

@@ -109,8 +109,6 @@ def _quantised_layers(model: PeftModel, name: str) -> list[tuple[AdaptedLayer, L
 def _not_free(adapter: LoraAdapter) -> str | None:
     if isinstance(adapter, AnchoredLora):
         return "its start is one of the weight's own directions, which is taken off again. Use init_lora_weights=True"
-    if adapter.tied:
-        return "its factors are an embedding's too (ensure_weight_tying=True). Leave ensure_weight_tying out"
     if adapter.scaling <= 0:
         return f"its scale is {float(adapter.scaling):g}, and it must be above zero. Set another lora_alpha"
     return None
