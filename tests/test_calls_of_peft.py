@@ -53,7 +53,8 @@ PLACES = {
         "PeftModelForTokenClassification"
     ),
     LORA: (
-        "EvaConfig LoftQConfig LoraConfig LoraModel LoraRuntimeConfig get_eva_state_dict initialize_lora_eva_weights"
+        "EvaConfig LoftQConfig LoraConfig LoraModel LoraRuntimeConfig get_eva_state_dict initialize_lora_eva_weights "
+        "replace_lora_weights_loftq"
     ),
     IA3: "IA3Config IA3Model",
     LATER: (
@@ -63,7 +64,7 @@ PLACES = {
         "MontecloraConfig "
         "VeloraConfig "
         "convert_to_lora create_arrow_model find_kappa_target_modules "
-        "preprocess_loraga replace_lora_weights_loftq save_as_lora"
+        "preprocess_loraga save_as_lora"
     ),
     METHOD: (
         "AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel BOFTConfig "

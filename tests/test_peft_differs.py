@@ -241,14 +241,16 @@ class TestAttaching:
         assert factors[0].abs().max() < 6**-0.5 > factors[1].abs().max()  # the same distribution
 
     def test_starts_from_a_quantised_base(self):
-        """PEFT fails at layers that are not linear; here the start is refused with what to do."""
-        model = nn.Sequential(nn.Embedding(8, 4))
+        """PEFT fails at layers that are not linear; here embeddings start as ever, and the others are refused."""
         for layer in (nn.Embedding(8, 4), nn.Conv2d(3, 4, 3)):
             config = peft.LoraConfig(target_modules=["0"], init_lora_weights="loftq", loftq_config=peft.LoftQConfig())
             with pytest.raises(TypeError, match="config"):
                 peft.get_peft_model(nn.Sequential(layer), config)
-        with pytest.raises(ConfigError, match="LoftQ replaces the base weight by a quantised one"):
-            tunerkit.get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights="loftq"))
+        ours = LoraConfig(target_modules=["0"], init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
+        model = tunerkit.get_peft_model(nn.Sequential(nn.Embedding(8, 4)), ours)
+        assert model.get_base_model()[0].lora_embedding_A["default"].abs().max() == 0
+        with pytest.raises(UnsupportedSiteError, match="init_lora_weights='loftq' is for linear layers"):
+            tunerkit.get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), ours)
 
 
 class TestState:

@@ -56,6 +56,25 @@ class TestOlora(MethodConformance):
         return LoraConfig(r=3, lora_alpha=6, init_lora_weights="olora")
 
 
+QUANTISED = {"test_identity_at_start": "training starts close to the base, on a weight that is quantised"}
+
+
+class TestLoftq(MethodConformance):
+    kinds = ("linear",)
+    absent = QUANTISED
+
+    def config(self):
+        return LoraConfig(r=3, lora_alpha=6, init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
+
+
+class TestLoftqWithDora(MethodConformance):
+    kinds = ("linear",)
+    absent = QUANTISED | NO_SLOPE
+
+    def config(self):
+        return LoraConfig(r=3, lora_alpha=6, init_lora_weights="loftq", loftq_config={"loftq_bits": 8}, use_dora=True)
+
+
 class TestOrthogonal(MethodConformance):
     kinds = ("linear",)
 
