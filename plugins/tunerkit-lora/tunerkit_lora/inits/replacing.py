@@ -99,8 +99,7 @@ def _quantised_layers(model: PeftModel, name: str) -> list[tuple[AdaptedLayer, L
     if not found:
         msg = (
             f"{name!r} is no LoRA adapter on a quantised layer of this model, so there is nothing to start from. Load "
-            "the base model quantised, and its packages' sites first; a model that is not quantised has "
-            "init_lora_weights='loftq'."
+            "the base model quantised; one that is not has init_lora_weights='loftq'."
         )
         raise ArgumentError(msg)
     return found
