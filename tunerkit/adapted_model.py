@@ -312,9 +312,8 @@ class AdaptedModel(nn.Module, metaclass=MethodMeta):
     ) -> nn.Module:
         """Fold adapters into the base model for good and return it, without any adapter layers.
 
-        Nothing of the original parameters is kept, so this needs no memory beyond one layer's. A quantised layer is
-        quantised again, which rounds its weight; with `dequantize` a layer that is not quantised takes its place.
-        Otherwise the quantised weights, which are small, are there twice until how far they are rounded is told.
+        Nothing of the original parameters is kept, so this needs no memory beyond one layer's and another copy of the
+        quantised weights. These are quantised again, which rounds them, or with `dequantize` are no longer quantised.
 
         Args:
             progressbar: Show progress.

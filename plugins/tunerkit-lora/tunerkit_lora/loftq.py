@@ -98,8 +98,8 @@ class LoftqLora(LoraAdapter):
     @property
     def room(self) -> int:
         """The rank that the factors have room for; of a weight of a lower rank than `r` they have that many."""
-        held, most = len(self.lora_A.weight), min(self.r, *self.lora_start_weight.shape)
-        return self.r + held - most
+        most: int = min(self.r, *self.lora_start_weight.shape)
+        return self.r + len(self.lora_A.weight) - most
 
     def take(self, other: Adapter) -> None:
         """Take over another adapter, and the weight that it started on; see `Adapter.take`."""
