@@ -39,6 +39,11 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+def start(init):
+    """Return the settings of a start."""
+    return {"init_lora_weights": init, **({"loftq_config": {"loftq_iter": 2}} if init == "loftq" else {})}
+
+
 def gpt2(*, tied=True):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=16, tie_word_embeddings=tied)
@@ -177,10 +182,10 @@ class TestOptions:
         with pytest.raises(MergeError, match=r"q_proj.bias' of shape .*has no such tensor"):
             merge_folder(saved(llama()), adapter, out)
 
-    @pytest.mark.parametrize("init", [True, "pissa", "olora"])
+    @pytest.mark.parametrize("init", [True, "pissa", "olora", "loftq"])
     def test_dora(self, llama, saved, adapted, out, ids, init):
         base = saved(llama())
-        config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=init)
+        config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True, **start(init))
         adapter, peft = adapted(llama(), config)
         merge_folder(base, adapter, out)
         check_equal(AutoModelForCausalLM, out, ids, peft)
@@ -193,12 +198,12 @@ class TestOptions:
         merge_folder(base, adapter, out)
         check_equal(AutoModelForCausalLM, out, ids, peft)
 
-    @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "mica"])
+    @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "mica", "loftq"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_starts(self, llama, saved, adapted, out, ids, init, dtype):
         """What was taken off the start is derived again from the base's own weight."""
         base = saved(llama(dtype=dtype))
-        config = LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=init)
+        config = LoraConfig(r=4, target_modules=["q_proj", "k_proj"], **start(init))
         adapter, peft = adapted(llama(dtype=dtype), config)
         merge_folder(base, adapter, out)
         if dtype is torch.float32:

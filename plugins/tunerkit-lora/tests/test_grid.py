@@ -101,6 +101,7 @@ OPTIONS = {
     "pissa": lambda: lora(init_lora_weights="pissa"),
     "pissa_niter": lambda: lora(init_lora_weights="pissa_niter_4"),
     "olora": lambda: lora(init_lora_weights="olora"),
+    "loftq": lambda: lora(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}),
     "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
     "eva": lambda: lora(init_lora_weights="eva"),
     "mica": lambda: lora(init_lora_weights="mica"),
