@@ -103,9 +103,11 @@ class CallChecks:
             except TunerkitError:
                 assert what is not None, "A checkpoint of the same config cannot be swapped in."
                 continue
-            found = bench.run(model)
-            assert bench.same(found, expected), (
-                f"Swapped in where {what or 'nothing'} was another, it gives another output."
+            differing = f"where {what!r} was another" if what else "where the config was the same"
+            bench.check_same(
+                bench.run(model),
+                expected,
+                f"The output of a checkpoint swapped in {differing} and that of the saved model",
             )
 
 
