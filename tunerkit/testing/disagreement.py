@@ -48,7 +48,9 @@ def where_they_disagree(adapter: Adapter, x: Tensor, below: Below, tolerance: fl
             return ""
         added, folded = own - own_bias - before, merged - before
         factor = float((added * folded).sum() / (folded * folded).sum())
-        scale = ""
         if agree(added, factor * folded):
-            scale = f", and what `forward` adds to it is {factor:.4g} times what `merged` adds: look at the scale"
-        return f"they agree in the bias, and differ in what the weight does{scale}"
+            return (
+                "they agree in the bias, and what `forward` adds to what the weight does is "
+                f"{factor:.4g} times what `merged` adds: look at the scale"
+            )
+        return "they agree in the bias: look at the weight that `merged` returns"
