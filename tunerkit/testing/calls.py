@@ -14,7 +14,8 @@ from tunerkit.errors import TunerkitError
 from tunerkit.hotswap import hotswap_adapter
 from tunerkit.layer import tuner_layers
 from tunerkit.targeting import match_target
-from tunerkit.testing.bench import adapted_layers, all_tensors, first_tensor, loss_of
+from tunerkit.testing.bench import adapted_layers, all_tensors, loss_of
+from tunerkit.testing.comparing import first_tensor
 from tunerkit.testing.misspelling import misspelt
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunerkit.testing.bench import first_tensor
+from tunerkit.testing.comparing import first_tensor
 
 if TYPE_CHECKING:
     from tunerkit.testing.bench import Bench

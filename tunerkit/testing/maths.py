@@ -17,12 +17,11 @@ from tunerkit.testing.bench import (
     adapter_tensors,
     all_tensors,
     cast,
-    first_tensor,
     loss_of,
     move,
     trained,
 )
-from tunerkit.testing.comparing import check_bits, check_close, check_moved, same_bits
+from tunerkit.testing.comparing import check_bits, check_close, check_moved, first_tensor, same_bits
 from tunerkit.testing.disagreement import where_they_disagree
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ def misspelt(kind: type[Adapter | Part]) -> dict[str, str]:
     Args:
         kind: A class of adapters or a class of parts.
     """
-    core, own = [], []
+    core: list[type] = []
+    own: list[type] = []
     for one in kind.__mro__:
         if one.__module__.startswith("torch"):
             break
