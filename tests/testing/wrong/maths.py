@@ -237,6 +237,25 @@ class NotCutToSize(SharedAdapter):
         return self.toy_outer * (self.part.toy_up[: base.out_features] @ (self.toy_inner * self.part.toy_down))
 
 
+@caught_by("test_identity_at_start")
+class ReadsThePartTooSoon(SharedAdapter):
+    """It reads `self.part` in `__init__`, before it was given one."""
+
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.down = self.part.toy_down
+
+
+@caught_by("test_identity_at_start", error=NotImplementedError)
+class MergedMisspelt(SoundAdapter):
+    """What it does to the parameters is defined as `merge`."""
+
+    def merge(self, below):
+        return super().merged(below)
+
+    merged, forward = Adapter.merged, Adapter.forward
+
+
 @caught_by("test_identity_at_start", error=NotImplementedError)
 class MethodMisspelt(SharedAdapter):
     """What it adds is defined as `get_delta_weight`, which is PEFT's name for it."""
