@@ -190,14 +190,14 @@ def create_lorafa_optimizer(
     pairs: list[nn.Parameter] = []
     scales: list[float] = []
     experts: list[int] = []
-    for path, adapter in _not_of_embeddings(training_adapters(model)):
+    for name, adapter in _not_of_embeddings(training_adapters(model)):
         if use_rslora is not None and adapter.use_rslora != use_rslora:
             msg = (
-                f"use_rslora={use_rslora} is given, and the adapter on {path!r} has use_rslora={adapter.use_rslora}. "
+                f"use_rslora={use_rslora} is given, and the adapter on {name!r} has use_rslora={adapter.use_rslora}. "
                 "Leave it out: each layer says its own scale."
             )
             raise ArgumentError(msg)
-        pairs += _pair(path, adapter)
+        pairs += _pair(name, adapter)
         scales.append(float(adapter.scaling))
         experts.append(adapter.num_experts if isinstance(adapter, LoraExperts) else 1)
     paired = set(pairs)
@@ -215,18 +215,18 @@ def _not_of_embeddings(adapters: list[tuple[str, LowRankAdapter]]) -> Iterator[t
     """Go through the adapters whose factors are not those of an embedding; a layer tied to one has the same."""
     embeddings = [adapter for _, adapter in adapters if isinstance(adapter, LoraEmbedding)]
     theirs = {parameter for adapter in embeddings for parameter in adapter.parameters()}
-    for path, adapter in adapters:
+    for name, adapter in adapters:
         if theirs.isdisjoint(adapter.parameters()):
-            yield path, adapter
+            yield name, adapter
 
 
-def _pair(path: str, adapter: LowRankAdapter) -> list[nn.Parameter]:
+def _pair(name: str, adapter: LowRankAdapter) -> list[nn.Parameter]:
     """Return the factors of an adapter that can be trained by the second alone."""
     first, second = (adapter.get_parameter(key) for key in adapter.factor_keys)
     why = None if second.requires_grad else "its second factor does not train, and the first one would not either"
     if adapter.scaling == 0:
         why = "its scale is 0"
     if why is not None:
-        msg = f"LoRA-FA cannot train the adapter on {path!r}: {why}. Use another optimiser, or another LoraConfig."
+        msg = f"LoRA-FA cannot train the adapter on {name!r}: {why}. Use another optimiser, or another LoraConfig."
         raise AdapterStateError(msg)
     return [first, second]

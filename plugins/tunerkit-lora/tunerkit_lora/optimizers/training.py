@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.errors import AdapterStateError, ArgumentError
-from tunerkit.layer import tuner_layers
+from tunerkit.layer import layers_in
 from tunerkit_lora.base import LowRankAdapter
 
 if TYPE_CHECKING:
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def training_adapters(model: nn.Module) -> list[tuple[str, LowRankAdapter]]:
-    """Return the LoRA adapters of which something trains, each with the path of its layer.
+    """Return the LoRA adapters of which something trains, each with the name of its layer.
 
     Raises:
         ArgumentError: The model holds no LoRA adapter.
         AdapterStateError: None of them trains.
     """
     found = [
-        (path, adapter)
-        for path, layer in tuner_layers(model)
+        (layer.site.name, adapter)
+        for layer in layers_in(model)
         if isinstance(layer, AdaptedLayer)
         for adapter in layer.adapters.values()
         if isinstance(adapter, LowRankAdapter)
@@ -31,7 +31,7 @@ def training_adapters(model: nn.Module) -> list[tuple[str, LowRankAdapter]]:
     if not found:
         msg = f"The model ({type(model).__name__}) holds no LoRA adapter for the optimiser to train. Add one first."
         raise ArgumentError(msg)
-    training = [(path, adapter) for path, adapter in found if any(own.requires_grad for own in adapter.parameters())]
+    training = [(name, adapter) for name, adapter in found if any(own.requires_grad for own in adapter.parameters())]
     if not training:
         msg = (
             f"No LoRA adapter of the model ({type(model).__name__}) trains, so there is nothing to optimise. Call "
