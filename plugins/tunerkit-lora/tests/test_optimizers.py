@@ -135,6 +135,23 @@ def test_loraplus_has_the_groups_and_steps_of_peft(configs):
     assert_same_steps(model, other)
 
 
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (lambda: nn.Conv2d(4, 6, 3), lora("0", use_dora=True, bias="lora_only")),
+        (lambda: nn.MultiheadAttention(8, 2), lora("0", bias="all")),
+        (Experts, LoraConfig(target_modules=[], target_parameters=["0.weight"])),
+    ],
+    ids=["convolution", "attention", "experts"],
+)
+def test_loraplus_has_the_groups_of_peft_on_other_layers(make, config):
+    found = []
+    for library, create in ((tunerkit, create_loraplus_optimizer), (peft, theirs.create_loraplus_optimizer)):
+        model = adapted(config, model=nn.Sequential(make()), library=library)
+        found.append(groups(model, create(model, torch.optim.SGD, **PLUS)))
+    assert found[0] == found[1]
+
+
 def test_loraplus_goes_by_what_a_tensor_is_and_not_by_names():
     for library, create in ((tunerkit, create_loraplus_optimizer), (peft, theirs.create_loraplus_optimizer)):
         model = library.get_peft_model(base(), lora() if library is tunerkit else peft_config(lora()), "biased")
