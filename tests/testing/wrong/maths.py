@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from testing.wrong.table import caught_by
 from torch import nn
+from toys import shared
 from toys.bias import BiasAdapter
 from toys.bottleneck import BottleneckAdapter
 from toys.rows import RowsAdapter
@@ -244,6 +247,17 @@ class ReadsThePartTooSoon(SharedAdapter):
     def __init__(self, site, config):
         super().__init__(site, config)
         self.down = self.part.toy_down
+
+
+class SharedPlugin:
+    method, Config = shared.method, shared.Config
+
+
+@caught_by("test_identity_at_start")
+class PartForgotten(SharedPlugin):
+    """`Method` does not declare the part that the adapters read."""
+
+    method = replace(shared.method, part=None)
 
 
 @caught_by("test_identity_at_start", error=NotImplementedError)
