@@ -17,7 +17,7 @@ _COLOURS = {"+": "green", "-": "red", "@": "cyan"}
 
 
 @click.command
-@click.argument("scripts", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument("scripts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--write", is_flag=True, help="Write the files in place, each in one step.")
 @click.option("--check", is_flag=True, help="Exit with 1 if a file would change.")
 def migrate(*, scripts: tuple[Path, ...], write: bool, check: bool) -> None:

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def find_scripts(paths: Iterable[Path]) -> list[Path]:
-    """Return the files among the paths, and those that end with `.py` in the folders, each once.
+    """Return the paths that are no folders, and what ends with `.py` in those that are, each once.
 
     Folders whose name begins with a dot, and virtual environments, are not looked through.
     """
-    found = {script.resolve(): script for path in paths for script in ([path] if path.is_file() else _below(path))}
+    found = {script.resolve(): script for path in paths for script in (_below(path) if path.is_dir() else [path])}
     return list(found.values())
 
 

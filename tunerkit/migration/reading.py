@@ -200,9 +200,9 @@ class _Reader(cst.CSTVisitor):
     def follow_access(self, access: metadata.Access) -> None:
         """Note a use, if it is one of a module of PEFT's."""
         chain = self.chain(access.node)
-        name = chain[0].value
-        if not isinstance(name, str):  # of something that is computed
+        if not isinstance(chain[0], cst.Name):
             return
+        name = chain[0].value
         given = {one.node for one in access.scope[name] if isinstance(one, metadata.Assignment)}
         owners = {node for node in given if isinstance(node, (cst.Import, cst.ImportFrom)) and self.binds(node, name)}
         if not owners:

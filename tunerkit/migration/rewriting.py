@@ -11,7 +11,7 @@ from tunerkit.migration.reading import Finding, Script, Use, module_of, name_aft
 from tunerkit.migration.splitting import dotted, is_for_tools, split
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 
 class Migrated(NamedTuple):

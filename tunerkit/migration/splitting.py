@@ -21,7 +21,7 @@ def dotted(path: str) -> cst.Attribute | cst.Name:
 
 
 def is_for_tools(comment: cst.Comment | None) -> bool:
-    """Return whether a comment tells a tool how to treat its line, so that it belongs to every line made of that one."""
+    """Return whether a comment tells a tool how to treat its line; it belongs to every line made of that one."""
     return comment is not None and _FOR_TOOLS.match(comment.value) is not None
 
 
