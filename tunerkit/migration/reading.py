@@ -73,19 +73,19 @@ def read(source: bytes) -> Script:
         SyntaxError: The source is no Python.
         RecursionError: It is nested too deeply.
     """
-    wrapper = metadata.MetadataWrapper(_parse(source))
-    script = Script(wrapper.module)
-    wrapper.visit(_Reader(script))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # the script's own matter
+        warnings.simplefilter("ignore", DeprecationWarning)  # what some of these were before Python 3.12
+        wrapper = metadata.MetadataWrapper(_parse(source))
+        script = Script(wrapper.module)
+        wrapper.visit(_Reader(script))
     script.findings.sort()
     return script
 
 
 def _parse(source: bytes) -> cst.Module:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # the script's own matter
-            warnings.simplefilter("ignore", DeprecationWarning)  # what some of these were before Python 3.12
-            ast.parse(source)  # it says more clearly what is wrong, and libcst ends the process for want of stack
+        ast.parse(source)  # it says more clearly what is wrong, and libcst ends the process for want of stack
         return cst.parse_module(source)
     except (ValueError, cst.ParserSyntaxError) as error:
         raise SyntaxError(str(error)) from error
@@ -223,16 +223,15 @@ class _Reader(cst.CSTVisitor):
     def place(self, chain: list[cst.BaseExpression], path: str) -> str | None:
         """Return where in tunerkit is what an expression names, if it may be replaced."""
         above = path.split(".")
-        count, entry = find_path([*above, *(node.attr.value for node in chain if isinstance(node, cst.Attribute))])
-        if entry is None:
-            self.find(chain[-1], ".".join(above), "the module is used as a whole")
-            return None
+        parts = [*above, *(node.attr.value for node in chain if isinstance(node, cst.Attribute))]
+        count, entry = find_path(parts)
         named = chain[max(count - len(above), 0)]
-        if entry.reason:
-            self.find(named, f"{entry.module}.{entry.name}", entry.reason)
-            return None
-        if self.get_metadata(metadata.ExpressionContextProvider, named) is not metadata.ExpressionContext.LOAD:
-            self.find(named, f"{entry.module}.{entry.name}", "it is set or deleted in PEFT's module")
+        context = self.get_metadata(metadata.ExpressionContextProvider, named)
+        why = entry.reason if entry is not None else "the module is used as a whole"
+        if not why and context is not metadata.ExpressionContext.LOAD:
+            why = "it is set or deleted in PEFT's module"
+        if entry is None or why:
+            self.find(named, ".".join(parts[:count]), why)
             return None
         self.script.attributes[named] = entry
         return entry.place
