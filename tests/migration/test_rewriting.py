@@ -33,7 +33,10 @@ def check(before, after, *found):
 
 class TestNames:
     def test_of_one_package(self):
-        check("from peft import PeftModel, get_peft_model as get\n", "from tunerkit import PeftModel, get_peft_model as get\n")
+        check(
+            "from peft import PeftModel, get_peft_model as get\n",
+            "from tunerkit import PeftModel, get_peft_model as get\n",
+        )
 
     def test_of_several_packages(self):
         check(
@@ -75,7 +78,9 @@ class TestNames:
         check("from peft import *\n", "from peft import *\n", (1, "from peft import *"))
 
     def test_other_packages(self):
-        source = "from .peft import LoraConfig\nfrom . import peft\nfrom pefts import LoraConfig\nimport pefts, x.peft\n"
+        source = (
+            "from .peft import LoraConfig\nfrom . import peft\nfrom pefts import LoraConfig\nimport pefts, x.peft\n"
+        )
         check(source, source)
 
     def test_wherever_it_stands(self):
@@ -199,7 +204,11 @@ class TestFormat:
 
     @pytest.mark.parametrize(
         "source",
-        [b"import peft\r\npeft.PeftModel\r\n", b"\xef\xbb\xbfimport peft\npeft.PeftModel", b"import peft\n\tpeft.PeftModel\n"],
+        [
+            b"import peft\r\npeft.PeftModel\r\n",
+            b"\xef\xbb\xbfimport peft\npeft.PeftModel",
+            b"import peft\n\tpeft.PeftModel\n",
+        ],
     )
     def test_bytes(self, source):
         source = source.replace(b"\n\t", b"\nif 1:\n\t")
@@ -301,7 +310,8 @@ class TestModules:
         )
 
     @pytest.mark.parametrize(
-        "other", ["import other as peft", "peft = Fake()", "def peft(): pass", "import peft.utils as peft", "peft: int = 1"]
+        "other",
+        ["import other as peft", "peft = Fake()", "def peft(): pass", "import peft.utils as peft", "peft: int = 1"],
     )
     def test_that_may_be_something_else(self, other):
         source = f"try:\n    import peft\nexcept ImportError:\n    {other}\npeft.PeftModel\n"
@@ -336,6 +346,8 @@ class TestModules:
         ("mock.patch('peft.tuners.lora.LoraLayer')", "'peft.tuners.lora.LoraLayer'"),
         ('x: "Optional[peft.PeftModel]"', '"Optional[peft.PeftModel]"'),
         ('x = f"peft.{y}"', "peft."),
+        (f'x = "{"a " * 40} peft.LoraConfig()"', "... peft.LoraConfig ..."),
+        ('x = "a\\n peft.x."; """\nb"""', '"a\\n peft.x."'),
         ("if is_peft_available(): pass", "is_peft_available()"),
         ("transformers.utils.is_peft_available()", "transformers.utils.is_peft_available()"),
     ],
@@ -348,16 +360,17 @@ def test_what_only_a_person_can_judge(source, what):
     "source",
     [
         '"""peft.LoraConfig is good."""',
-        '"pip install peft"',
-        '"github.com/huggingface/peft.git"',
-        'b"peft"',
-        '"my-peft.x"',
-        'f"{peft_x} peft"',
+        'x = "pip install peft"',
+        'x = "github.com/huggingface/peft.git"',
+        'x = b"peft"',
+        'x = "my-peft.x"',
+        'x = f"{peft_x} peft."',
+        'x = "It needs peft. Install it."',
         "x.peft.y",
     ],
 )
 def test_what_is_not_listed(source):
-    check(f"f({source})\n" if not source.startswith('"""') else source, f"f({source})\n" if not source.startswith('"""') else source)
+    check(f"{source}\n", f"{source}\n")
 
 
 # --- What is no script
@@ -367,12 +380,12 @@ def test_what_is_not_listed(source):
     ("source", "why"),
     [
         (b"from peft import (", "never closed"),
-        (b"# coding: nonsense\n", "unknown encoding"),
-        (b"x = '\xff'\n", "utf-8"),
-        (b"x = \0\n", "null bytes"),
-        (b"x = " + b"(" * 3000 + b")" * 3000, "too many nested parentheses|nested too deeply"),
-        (b"x = " + b"not " * 900 + b"1", "nested too deeply"),
-        (b"x = " + b"not " * 90000 + b"1", "nested too deeply"),
+        (b"# coding: nonsense peft\n", "unknown encoding"),
+        (b"peft = '\xff'\n", "utf-8"),
+        (b"peft = \0\n", "null bytes"),
+        (b"peft = " + b"(" * 3000 + b")" * 3000, "too many nested parentheses|nested too deeply"),
+        (b"peft = " + b"not " * 900 + b"1", "nested too deeply"),
+        (b"peft = " + b"not " * 90000 + b"1", "nested too deeply"),
     ],
 )
 def test_what_is_no_script(source, why):
@@ -381,7 +394,8 @@ def test_what_is_no_script(source, why):
 
 
 def test_warnings_of_the_script_are_its_own():
-    assert migrate(b"x = '\\d'\nx is 1\n").source == b"x = '\\d'\nx is 1\n"
+    source = b"x = '\\d'\nx is 'peft'\n"
+    assert migrate(source).source == source
 
 
 def test_syntax_that_libcst_does_not_take(monkeypatch):
@@ -390,7 +404,7 @@ def test_syntax_that_libcst_does_not_take(monkeypatch):
 
     monkeypatch.setattr(libcst, "parse_module", fail)
     with pytest.raises(SyntaxError, match="new syntax"):
-        migrate(b"x\n")
+        migrate(b"peft\n")
 
 
 # --- For any names, aliases and forms, each alias is the thing that the table says.
@@ -411,7 +425,9 @@ def scripts(draw):
         alias, result = draw(st.sampled_from(ALIASES)), f"result_{number}"
         match form:
             case "from" | "from lines":
-                entries = draw(st.lists(st.sampled_from([one for one in HERE if one.module == entry.module]), min_size=1))
+                entries = draw(
+                    st.lists(st.sampled_from([one for one in HERE if one.module == entry.module]), min_size=1)
+                )
                 pairs = [(one, draw(st.sampled_from([one.name, *ALIASES]))) for one in entries]
                 pairs = list({given: (one, given) for one, given in pairs}.values())
                 names = [one.name if one.name == given else f"{one.name} as {given}" for one, given in pairs]
@@ -446,7 +462,9 @@ def test_each_alias_is_the_thing_that_the_table_says(case):
     found = migrate(source.encode())
     namespace = {"__name__": "script", "__builtins__": builtins}
     exec(compile(found.source, "script", "exec"), namespace)  # noqa: S102 - made above
-    entangled = {finding.what for finding in found.findings if finding.why == "it is imported, and is also something else"}
+    entangled = {
+        finding.what for finding in found.findings if finding.why == "it is imported, and is also something else"
+    }
     for name, entry in expected.items():
         assert find(entry.module, entry.name) == entry
         value, thing = namespace[name], getattr(importlib.import_module(entry.place), entry.now)

@@ -40,7 +40,7 @@ def migrate(*, scripts: tuple[Path, ...], write: bool, check: bool) -> None:
     from tunerkit.migration.files import find_scripts, replace  # noqa: PLC0415 - keeps --help quick
 
     changed = failed = 0
-    looks: list[tuple[str, str, str]] = []
+    looks: list[str] = []
     found = find_scripts(scripts)
     for path in found:
         try:
@@ -55,8 +55,11 @@ def migrate(*, scripts: tuple[Path, ...], write: bool, check: bool) -> None:
         changed += migrated.source != source
         for line in _difference(path, source, migrated):
             click.secho(line, fg=_COLOURS.get(line[0]))
-        looks.extend((f"{path}:{finding.line}", finding.what, finding.why) for finding in migrated.findings)
-    _print_table(looks)
+        looks.extend(f"{path}:{line}: {what}: {why}" for line, what, why in migrated.findings)
+    if looks:
+        click.secho("Needs a look:", bold=True)
+    for look in looks:
+        click.echo(look)
     click.echo(_summary(len(found), changed, failed, write=write))
     if failed or (check and changed):
         raise SystemExit(1)
@@ -76,22 +79,6 @@ def _rewriting() -> Callable[[bytes], Migrated]:
 def _difference(path: Path, source: bytes, migrated: Migrated) -> Iterator[str]:
     before, after = (text.decode(errors="replace").splitlines() for text in (source, migrated.source))
     return difflib.unified_diff(before, after, str(path), str(path), lineterm="")
-
-
-def _print_table(looks: list[tuple[str, str, str]]) -> None:
-    if not looks:
-        return
-    from rich.console import Console  # noqa: PLC0415 - slow, and --help needs none of it
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
-    table = Table("Needs a look", "What", "Why", box=None)
-    for column in table.columns:
-        column.overflow = "fold"
-    for row in looks:
-        # As text, because square brackets would be taken for markup.
-        table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
 
 
 def _summary(found: int, changed: int, failed: int, *, write: bool) -> str:

@@ -16,7 +16,8 @@ from tunerkit.migration.names import Entry, find, find_path, modules
 
 Importing: TypeAlias = "cst.Import | cst.ImportFrom"
 
-_IN_TEXT = re.compile(r"peft(\.\w+)*|.*(?<![\w./-])peft\.[A-Za-z_].*", re.DOTALL)
+_PATH = re.compile(r"(?<![\w./-])peft\.[A-Za-z_][\w.]*|\Apeft\.?\Z")
+_LONG = 60
 _ASKS = "is_peft_available"
 
 
@@ -169,12 +170,18 @@ class _Reader(cst.CSTVisitor):
     def visit_SimpleString(self, node: cst.SimpleString) -> None:
         text = node.evaluated_value
         is_prose = isinstance(self.get_metadata(metadata.ParentNodeProvider, node), cst.Expr)
-        if isinstance(text, str) and not is_prose and _IN_TEXT.fullmatch(text):
-            self.find(node, node.value, "a text that may mean a module or a name of PEFT's")
+        if isinstance(text, str) and not is_prose:
+            self.find_in(node, text, node.value)
 
     def visit_FormattedStringText(self, node: cst.FormattedStringText) -> None:
-        if re.search(r"(?<![\w./-])peft\.", node.value):
-            self.find(node, node.value, "a text that may mean a module or a name of PEFT's")
+        self.find_in(node, node.value, node.value)
+
+    def find_in(self, node: cst.CSTNode, text: str, written: str) -> None:
+        """Note a text in which something of PEFT's is named as in code."""
+        if path := _PATH.search(text):
+            is_short = len(written) <= _LONG and "\n" not in written
+            what = written if is_short else f"... {path[0]} ..."
+            self.find(node, what, "a text that may mean a module or a name of PEFT's")
 
     def visit_Call(self, node: cst.Call) -> None:
         called = get_full_name_for_node(node.func) or ""

@@ -33,7 +33,9 @@ class _Item(NamedTuple):
     behind: cst.Comment | None
 
 
-def split(statement: cst.ImportFrom, parts: Mapping[str, Iterable[int]], names: Sequence[cst.ImportAlias]) -> list[cst.ImportFrom]:
+def split(
+    statement: cst.ImportFrom, parts: Mapping[str, Iterable[int]], names: Sequence[cst.ImportAlias]
+) -> list[cst.ImportFrom]:
     """Return statements that import some of the names each.
 
     What was in several lines stays so, unless it is one name without a comment.
