@@ -98,7 +98,7 @@ class TestWritten:
         assert link.is_symlink()
         assert read(script) == AFTER
         assert script.stat().st_mode & 0o777 == 0o750
-        assert os.listdir(script.parent) == ["a.py"]
+        assert list(script.parent.iterdir()) == [script]
 
     def test_a_file_that_cannot_be_read_keeps_no_other(self, run, tmp_path):
         broken = write(tmp_path / "broken.py", "from peft import (\n")
@@ -123,7 +123,7 @@ class TestWritten:
         assert "a.py is left as it is: [Errno 28] No space left on device" in result.stderr
         assert result.stdout == "1 file: nothing to change, 1 left as it is.\n"
         assert read(script) == BEFORE
-        assert os.listdir(tmp_path) == ["a.py"]
+        assert list(tmp_path.iterdir()) == [script]
 
 
 def test_without_libcst(run, monkeypatch):

@@ -121,10 +121,18 @@ def check(command):
         case [".venv/bin/tox", "-e", "bench", "--", *arguments]:
             benchmarks.make_context("bench", arguments)
         case ["pip", "install", *what]:
-            # Nothing is published: what is installed is a folder of the checkout.
-            assert all((ROOT / path / "pyproject.toml").is_file() for path in what), what
+            assert all(map(is_a_project, what)), what
         case _:
             pytest.fail(f"no check is known for the command {command}")
+
+
+def is_a_project(what):
+    """Return whether something is a folder of the checkout, as nothing is published, with the extra that it names."""
+    path, _, extra = what.removesuffix("]").partition("[")
+    file = ROOT / path / "pyproject.toml"
+    return file.is_file() and (
+        not extra or extra in tomllib.loads(file.read_text("utf-8"))["project"]["optional-dependencies"]
+    )
 
 
 def check_own(arguments):
@@ -170,6 +178,7 @@ def test_links_inside_the_repository_lead_somewhere(page):
     ("command", "reason"),
     [
         (["pip", "install", "tunerkit-lora"], "tunerkit-lora"),
+        (["pip", "install", ".[nothing]"], "nothing"),
         (["curl", "x"], "no check is known"),
         ([".venv/bin/tox", "-e", "none"], "testenv:none"),
         ([".venv/bin/tox", "-e", "bench", "--", "--nothing"], "No such option"),

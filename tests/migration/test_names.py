@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import pkgutil
@@ -31,10 +32,8 @@ def theirs():
     """All modules of PEFT's that can be imported here, by name."""
     found = {"peft": peft}
     for info in pkgutil.walk_packages(peft.__path__, "peft."):
-        try:
+        with contextlib.suppress(ImportError):  # of a library that is not installed
             found[info.name] = importlib.import_module(info.name)
-        except ImportError:  # of a library that is not installed
-            continue
     return found
 
 

@@ -228,7 +228,8 @@ class TestModules:
 
     def test_several_packages(self):
         check(
-            "import os, peft as p, sys\n\n\ndef f(x: p.PeftModel) -> None:\n    return (p.LoraConfig)(r=p.TaskType.X)\n",
+            "import os, peft as p, sys\n\n\n"
+            "def f(x: p.PeftModel) -> None:\n    return (p.LoraConfig)(r=p.TaskType.X)\n",
             "import os, sys\nimport tunerkit\nimport tunerkit_lora\n\n\n"
             "def f(x: tunerkit.PeftModel) -> None:\n    return (tunerkit_lora.LoraConfig)(r=tunerkit.TaskType.X)\n",
         )
@@ -275,7 +276,8 @@ class TestModules:
     def test_what_is_not_here_stays(self):
         check(
             "import peft\npeft.VeraConfig(peft.LoraConfig)\npeft.__version__\npeft.tuners.x.y\n",
-            "import peft\nimport tunerkit_lora\npeft.VeraConfig(tunerkit_lora.LoraConfig)\npeft.__version__\npeft.tuners.x.y\n",
+            "import peft\nimport tunerkit_lora\n"
+            "peft.VeraConfig(tunerkit_lora.LoraConfig)\npeft.__version__\npeft.tuners.x.y\n",
             (2, "peft.VeraConfig"),
             (3, "peft.__version__"),
             (4, "peft.tuners.x"),
@@ -305,7 +307,8 @@ class TestModules:
     def test_that_may_not_be_there(self):
         check(
             "try:\n    import peft\nexcept ImportError:\n    peft = None\nif peft:\n    peft.PeftModel\n",
-            "try:\n    import peft\n    import tunerkit\nexcept ImportError:\n    peft = None\nif peft:\n    tunerkit.PeftModel\n",
+            "try:\n    import peft\n    import tunerkit\nexcept ImportError:\n    peft = None\n"
+            "if peft:\n    tunerkit.PeftModel\n",
             (5, "peft"),
         )
 
