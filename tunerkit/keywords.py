@@ -1,4 +1,4 @@
-"""Keyword arguments that scripts pass because PEFT takes them, and that ask nothing of a folder on this machine."""
+"""Keyword arguments of PEFT's calls that are not named in the signatures here: those of a download, and others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HUB_KEYWORDS = frozenset({
     "cache_dir", "endpoint", "etag_timeout", "force_download", "headers", "local_dir", "local_dir_use_symlinks",
     "local_files_only", "proxies", "repo_type", "resume_download", "revision", "token", "use_auth_token", "user_agent",
 })
-"""Where and how a download would go: nothing is downloaded, so they are taken and say nothing."""
+"""Where and how a download goes (`tunerkit.checkpoint.hub`); of a folder on this machine they say nothing."""
 
 _SAVING = frozenset({
     "commit_message", "create_pr", "max_shard_size", "private", "repo_id", "save_function", "tags", "variant",
@@ -35,6 +35,11 @@ _NO_EFFECT = {
     "offload_dir": _PLACE,
     "offload_index": _PLACE,
 }
+
+
+def of_download(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a call's keyword arguments that a download takes."""
+    return {name: value for name, value in given.items() if name in HUB_KEYWORDS}
 
 
 def check_loading(call: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> None:

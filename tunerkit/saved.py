@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunerkit.adapted_layer import AdaptedLayer, adapter_of
 from tunerkit.checkpoint.card import Card, write_card
-from tunerkit.checkpoint.files import CARD_NAME, read_checkpoint
+from tunerkit.checkpoint.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_checkpoint
 from tunerkit.checkpoint.folder import entries_of
+from tunerkit.checkpoint.hub import fetched
 from tunerkit.config import PeftConfig, TaskType, check_config
 from tunerkit.effect import check_effect
 from tunerkit.errors import AdapterNameError, CardWarning, CheckpointError, ConfigError, PluginError
@@ -53,10 +54,10 @@ class SavedAdapter:
         is_trainable: bool,
         device: str | torch.device | None,
         key_mapping: dict[str, str] | None,
+        download: Mapping[str, Any],
     ) -> None:
-        checkpoint = read_checkpoint(
-            Path(model_id, subfolder) if subfolder else model_id, "cpu" if device is None else device
-        )
+        folder = fetched(model_id, (CONFIG_NAME, WEIGHTS_NAME), subfolder, download)
+        checkpoint = read_checkpoint(folder, "cpu" if device is None else device)
         self.config = PeftConfig.from_peft_type(**checkpoint.config) if config is None else check_config(config).copy()
         self.config.inference_mode = not is_trainable
         self.source = f"The checkpoint in {os.fspath(model_id)!r}"

@@ -16,7 +16,7 @@ from tunerkit.errors import AdapterNameError, UnknownAdapterError
 from tunerkit.evaluation import set_to_evaluation
 from tunerkit.functional import get_peft_model_state_dict
 from tunerkit.journal import Journal
-from tunerkit.keywords import check_loading, check_saving
+from tunerkit.keywords import check_loading, check_saving, of_download
 from tunerkit.names import RESERVED_NAMES
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
@@ -255,7 +255,7 @@ class StoredModel(nn.Module):
 
         Args:
             model: The base model.
-            model_id: The checkpoint's folder.
+            model_id: The checkpoint's folder, or its id on the hub.
             adapter_name: The name the adapter gets.
             is_trainable: Make it trainable; otherwise it is frozen and the model is set to evaluation.
             config: A config to use instead of the checkpoint's.
@@ -267,7 +267,8 @@ class StoredModel(nn.Module):
             torch_device: Where the checkpoint's tensors are read to; the CPU if not given.
             strict: Refuse a checkpoint with missing or unexpected tensors rather than warn.
             verify: Refuse an adapter that changes nothing; see `tunerkit.effect`.
-            kwargs: What PEFT takes beside these; see `tunerkit.keywords`.
+            kwargs: What a download takes (`revision`, `token`, `cache_dir`), and what else PEFT does; see
+                `tunerkit.keywords`.
 
         Raises:
             KeywordError: A keyword argument is unknown, or asks for what is not done here.
@@ -283,7 +284,13 @@ class StoredModel(nn.Module):
         if key_mapping is None:  # where transformers has renamed modules since
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         saved = SavedAdapter(
-            model_id, subfolder, config, is_trainable=is_trainable, device=torch_device, key_mapping=key_mapping
+            model_id,
+            subfolder,
+            config,
+            is_trainable=is_trainable,
+            device=torch_device,
+            key_mapping=key_mapping,
+            download=of_download(kwargs),
         )
         refuse_offload(ephemeral_gpu_offload)
         with Journal() as journal:
@@ -318,7 +325,7 @@ class StoredModel(nn.Module):
         If the name is taken, only the tensors are loaded, into the adapter that has it.
 
         Args:
-            model_id: The checkpoint's folder.
+            model_id: The checkpoint's folder, or its id on the hub.
             adapter_name: The name the adapter gets.
             is_trainable: Let it train when it is made active; otherwise the model is set to evaluation.
             torch_device: Where the checkpoint's tensors are read to; the CPU if not given.
@@ -330,7 +337,8 @@ class StoredModel(nn.Module):
             config: A config to use instead of the checkpoint's.
             strict: Refuse a checkpoint with missing or unexpected tensors rather than warn.
             verify: Refuse an adapter that changes nothing; see `tunerkit.effect`.
-            kwargs: What PEFT takes beside these; see `tunerkit.keywords`.
+            kwargs: What a download takes (`revision`, `token`, `cache_dir`), and what else PEFT does; see
+                `tunerkit.keywords`.
 
         Returns:
             Which tensors found their place.
@@ -344,7 +352,13 @@ class StoredModel(nn.Module):
         check_loading("load_adapter", kwargs, inspect.signature(self.load_adapter).parameters)
         refuse_offload(ephemeral_gpu_offload)
         saved = SavedAdapter(
-            model_id, subfolder, config, is_trainable=is_trainable, device=torch_device, key_mapping=key_mapping
+            model_id,
+            subfolder,
+            config,
+            is_trainable=is_trainable,
+            device=torch_device,
+            key_mapping=key_mapping,
+            download=of_download(kwargs),
         )
         with Journal() as journal:
             if check_adapter_name(adapter_name, RESERVED_NAMES) not in self.peft_config:
