@@ -72,11 +72,12 @@ def serving():
             thread.join()
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The answer to a request that is not granted."""
 
-    def __init__(self, status, code="", message=""):
+    def __init__(self, status, code="", message="", content=None):
         super().__init__(status)
+        self.content = content
         self.answer = status, {"X-Error-Code": code, "X-Error-Message": message}
 
 
@@ -105,16 +106,14 @@ class Handler(BaseHTTPRequestHandler):
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         self.server.asked.append(f"{self.command} {unquote(url.path)}")
         try:
-            if self.server.broken:
-                raise Refused(self.server.broken)
             if parts[0] == "api":
                 self.send(json.dumps(self.api(parts[1:], body)).encode(), {"Content-Type": "application/json"})
             else:
                 split = parts.index("resolve")
                 self.resolve("/".join(parts[:split]), parts[split + 1], "/".join(parts[split + 2 :]))
-        except Refused as refused:
+        except RefusedError as refused:
             status, headers = refused.answer
-            self.send(b"", headers, status)
+            self.send(json.dumps(refused.content).encode(), headers, status)
 
     def send(self, content, headers, status=HTTPStatus.OK, part=None):
         self.send_response(status)
@@ -127,9 +126,11 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def user(self):
+        if self.server.broken:
+            raise RefusedError(self.server.broken)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in USERS:
-            raise Refused(HTTPStatus.UNAUTHORIZED, message="Invalid credentials in Authorization header")
+            raise RefusedError(HTTPStatus.UNAUTHORIZED, message="Invalid credentials in Authorization header")
         return USERS.get(token)
 
     def repository(self, name):
@@ -137,9 +138,9 @@ class Handler(BaseHTTPRequestHandler):
         found = self.server.repositories.get(name)
         user = self.user
         if found is None or (found.private and user != "ann"):
-            raise Refused(HTTPStatus.NOT_FOUND if user else HTTPStatus.UNAUTHORIZED, "RepoNotFound", "Not found")
+            raise RefusedError(HTTPStatus.NOT_FOUND if user else HTTPStatus.UNAUTHORIZED, "RepoNotFound", "Not found")
         if found.gated and user != "ann":
-            raise Refused(HTTPStatus.FORBIDDEN, "GatedRepo", "Ask the authors")
+            raise RefusedError(HTTPStatus.FORBIDDEN, "GatedRepo", "Ask the authors")
         return found
 
     def files(self, name, revision):
@@ -147,14 +148,14 @@ class Handler(BaseHTTPRequestHandler):
         found = self.repository(name)
         commit = found.refs.get(revision, revision)
         if commit not in found.commits:
-            raise Refused(HTTPStatus.NOT_FOUND, "RevisionNotFound")
+            raise RefusedError(HTTPStatus.NOT_FOUND, "RevisionNotFound")
         return commit, found.commits[commit]
 
     def resolve(self, name, revision, path):
         """Send a file."""
         commit, files = self.files(name, revision)
         if path not in files:
-            raise Refused(HTTPStatus.NOT_FOUND, "EntryNotFound")
+            raise RefusedError(HTTPStatus.NOT_FOUND, "EntryNotFound")
         content = files[path]
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}  # noqa: S324
         if self.command == "GET" and self.server.cut == path:
@@ -172,13 +173,15 @@ class Handler(BaseHTTPRequestHandler):
             return {"errors": [], "warnings": []}
         if parts == ["repos", "create"]:
             return self.create(json.loads(body))
-        name, [call, *rest] = "/".join(parts[1:3]), parts[3:]
-        revision = "/".join(rest)
+        name, call, revision = "/".join(parts[1:3]), parts[3] if parts[3:] else "info", "/".join(parts[4:])
+        if call in {"info", "revision"}:
+            commit, _ = self.files(name, revision or "main")
+            return {"id": name, "sha": commit}
         if call == "tree":
             _, files = self.files(name, revision)
             return [{"type": "file", "path": path, "size": len(data), "oid": ""} for path, data in files.items()]
         if self.user != "ann":
-            raise Refused(HTTPStatus.FORBIDDEN, message="You may not write here")
+            raise RefusedError(HTTPStatus.FORBIDDEN, message="You may not write here")
         found = self.repository(name)
         if call == "branch":
             found.refs.setdefault(revision, found.refs.get("main", ""))
@@ -197,10 +200,10 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, asked):
         """Make a repository."""
         if self.user != "ann" or asked.get("organization") not in {None, "ann"}:
-            raise Refused(HTTPStatus.FORBIDDEN, message="You may not make that")
+            raise RefusedError(HTTPStatus.FORBIDDEN, message="You may not make that")
         name = f"ann/{asked['name']}"
         if name in self.server.repositories:
-            raise Refused(HTTPStatus.CONFLICT)
+            raise RefusedError(HTTPStatus.CONFLICT, content={"url": f"{self.server.url}/{name}"})
         private = asked.get("private") or asked.get("visibility") == "private"
         self.server.repositories[name] = Repository(private=bool(private))
         return {"url": f"{self.server.url}/{name}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
@@ -19,6 +20,7 @@ from tunerkit.settings import default_of, is_empty, is_unbuilt, rule_of, setting
 if TYPE_CHECKING:
     import os
 
+    from huggingface_hub import CommitInfo
     from typing_extensions import Self
 
 __all__ = [
@@ -188,6 +190,40 @@ class PeftConfig:
         from tunerkit.checkpoint.writing import write_config  # noqa: PLC0415 - above this room, and only needed here
 
         write_config(save_directory, self.to_dict())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload `adapter_config.json` to the Hugging Face Hub; for the arguments see `PeftModel.push_to_hub`.
+
+        Returns:
+            What the hub says of the commit.
+
+        Raises:
+            CheckpointError: huggingface_hub is not installed, or the hub cannot be reached or refuses.
+        """
+        from tunerkit.checkpoint.files import CONFIG_NAME  # noqa: PLC0415 - above this room, and only needed here
+        from tunerkit.checkpoint.upload import Upload  # noqa: PLC0415 - the same
+
+        upload = Upload(
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload.send(Path(folder), [Path(folder, CONFIG_NAME)])
 
     @classmethod
     def from_pretrained(

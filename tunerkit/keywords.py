@@ -19,10 +19,15 @@ HUB_KEYWORDS = frozenset({
 """Where and how a download goes (`tunerkit.checkpoint.hub`); of a folder on this machine they say nothing."""
 
 _SAVING = frozenset({
-    "commit_message", "create_pr", "max_shard_size", "private", "repo_id", "save_function", "tags", "variant",
+    "max_shard_size", "push_to_hub", "save_function", "tags", "variant",
+})
+"""What PEFT's `save_pretrained` takes beside what an upload does; not all of it asks for something here."""
+
+_UPLOADING = frozenset({
+    "commit_description", "commit_message", "create_pr", "private", "repo_id", "revision", "token",
 })
 # fmt: on
-"""What PEFT's `save_pretrained` takes and does not read either."""
+"""What `push_to_hub(...)` takes, and `save_pretrained(push_to_hub=True, ...)`."""
 
 _DTYPE = "a checkpoint has no say in the base model's dtype: set it where the base model is loaded."
 _PLACE = "the adapter goes where its layers are: place the base model where it is loaded."
@@ -40,6 +45,11 @@ _NO_EFFECT = {
 def of_download(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a call's keyword arguments that a download takes."""
     return {name: value for name, value in given.items() if name in HUB_KEYWORDS}
+
+
+def of_upload(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a call's keyword arguments that an upload takes."""
+    return {name: value for name, value in given.items() if name in _UPLOADING and value is not None}
 
 
 def check_loading(call: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> None:
@@ -78,10 +88,7 @@ def check_saving(call: str, given: Mapping[str, Any], known: Iterable[str] = ())
     Raises:
         KeywordError: One asks for something that is not done here, or is unknown.
     """
-    if given.get("push_to_hub"):
-        msg = f"{call}(push_to_hub=True) is not supported by this version. Save, then upload the folder."
-        raise KeywordError(msg)
-    taken = {*HUB_KEYWORDS, *_SAVING, "push_to_hub"}
+    taken = {*HUB_KEYWORDS, *_SAVING, *_UPLOADING}
     _refuse_unknown(call, [name for name in given if name not in taken], known)
 
 

@@ -25,7 +25,7 @@ from tunerkit.naming import listing
 from tunerkit.plugins import get_method
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     import torch
     from torch import nn
@@ -172,14 +172,22 @@ def metadata(config: PeftConfig) -> dict[str, str]:
     }
 
 
-def write_model_card(folder: Path, base: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
+def write_model_card(
+    folder: Path, base: nn.Module, configs: Mapping[str, PeftConfig], tags: Iterable[str] = ()
+) -> None:
     """Write the model card of a folder that holds adapters, or bring the one that is there up to date.
+
+    Args:
+        folder: The folder.
+        base: The base model.
+        configs: The configs of the adapters in the folder by name.
+        tags: Words to be found by, beside those that follow from these.
 
     Warns:
         CardWarning: It could not be written. No checkpoint is lost for its card.
     """
     try:
-        write_card(folder, card_for(base, configs))
+        write_card(folder, card_for(base, configs, tags))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         msg = (
@@ -189,11 +197,11 @@ def write_model_card(folder: Path, base: nn.Module, configs: Mapping[str, PeftCo
         warnings.warn(CardWarning(msg), stacklevel=3)
 
 
-def card_for(base: nn.Module, configs: Mapping[str, PeftConfig]) -> Card:
+def card_for(base: nn.Module, configs: Mapping[str, PeftConfig], extra_tags: Iterable[str] = ()) -> Card:
     """Return what the model card of adapters is to say."""
     methods = [get_method(str(config.peft_type)) for config in configs.values()]
     name = _public_name(base)
-    tags = [tag for method in methods for tag in method.method.tags]
+    tags = [*extra_tags, *(tag for method in methods for tag in method.method.tags)]
     tags += getattr(base, "model_tags", None) or []  # what transformers calls a model's own tags
     if any(kind.__module__.startswith("transformers.") for kind in type(base).__mro__):
         tags.append("transformers")
