@@ -77,7 +77,7 @@ class RefusedError(Exception):
 
     def __init__(self, status, code="", message="", content=None):
         super().__init__(status)
-        self.content = content
+        self.content = {} if content is None else content
         self.answer = status, {"X-Error-Code": code, "X-Error-Message": message}
 
 
@@ -173,12 +173,18 @@ class Handler(BaseHTTPRequestHandler):
             return {"errors": [], "warnings": []}
         if parts == ["repos", "create"]:
             return self.create(json.loads(body))
-        name, call, revision = "/".join(parts[1:3]), parts[3] if parts[3:] else "info", "/".join(parts[4:])
+        name, call, revision = (
+            "/".join(parts[1:3]),
+            parts[3] if parts[3:] else "info",
+            parts[4] if parts[4:] else "main",
+        )
         if call in {"info", "revision"}:
-            commit, _ = self.files(name, revision or "main")
+            commit, _ = self.files(name, revision)
             return {"id": name, "sha": commit}
         if call == "tree":
             _, files = self.files(name, revision)
+            if parts[5:]:
+                raise RefusedError(HTTPStatus.NOT_FOUND, "EntryNotFound")
             return [{"type": "file", "path": path, "size": len(data), "oid": ""} for path, data in files.items()]
         if self.user != "ann":
             raise RefusedError(HTTPStatus.FORBIDDEN, message="You may not write here")

@@ -127,11 +127,11 @@ class Download:
                 f"The repository {self.repo_id!r} has no revision {self.revision!r}. Check it at {where}: it is the "
                 "name of a branch or a tag, or a commit; without revision=... it is 'main'."
             )
-        # Not in the cache; why the hub did not help is the cause.
         unreached = isinstance(error, errors.LocalEntryNotFoundError)
         if isinstance(error, errors.EntryNotFoundError) and not unreached:
             return CheckpointNotFoundError(self._missing(file))
-        cause = error.__cause__ or error
+        # A file is not in the cache; the cause says why the hub did not help.
+        cause = (error.__cause__ or error) if unreached else error
         asked = f"'{self.folder / file}' of the repository {self.repo_id!r}"
         code = status(cause)
         if code in {401, 403}:
