@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from tunerkit._typecheck import describe, fits
 from tunerkit.errors import ConfigError, TunerkitError
-from tunerkit.keywords import HUB_KEYWORDS, of_download
+from tunerkit.keywords import HUB_KEYWORDS, check_saving, of_download, of_upload
 from tunerkit.naming import closest, listing, method_id, peft_type_name, shown
 from tunerkit.peft_types import PeftType, TaskType
 from tunerkit.settings import default_of, is_empty, is_unbuilt, rule_of, setting, unbuilt
@@ -191,36 +191,25 @@ class PeftConfig:
 
         write_config(save_directory, self.to_dict())
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ) -> CommitInfo:
-        """Upload `adapter_config.json` to the Hugging Face Hub; for the arguments see `PeftModel.push_to_hub`.
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """Upload `adapter_config.json` to the Hugging Face Hub.
+
+        Args:
+            repo_id: The id of the repository, which is made if it is not there.
+            kwargs: `commit_message` and what else `PeftModel.push_to_hub` takes for the upload.
 
         Returns:
             What the hub says of the commit.
 
         Raises:
+            KeywordError: A keyword argument is unknown.
             CheckpointError: huggingface_hub is not installed, or the hub cannot be reached or refuses.
         """
         from tunerkit.checkpoint.files import CONFIG_NAME  # noqa: PLC0415 - above this room, and only needed here
         from tunerkit.checkpoint.upload import Upload  # noqa: PLC0415 - the same
 
-        upload = Upload(
-            repo_id,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        check_saving("push_to_hub", kwargs)
+        upload = Upload(**{**of_upload(kwargs), "repo_id": repo_id})
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload.send(Path(folder), [Path(folder, CONFIG_NAME)])

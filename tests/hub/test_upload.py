@@ -93,7 +93,7 @@ class TestModel:
 
 class TestConfig:
     def test_round_trip(self, hub):
-        LoraConfig(target_modules=["x"], r=5).push_to_hub("ann/new", "The config")
+        LoraConfig(target_modules=["x"], r=5).push_to_hub("ann/new", commit_message="The config")
         assert hub.repositories["ann/new"].messages == ["The config"]
         assert latest(hub.repositories["ann/new"]).keys() == {CONFIG}
         assert PeftConfig.from_pretrained("ann/new").r == 5
@@ -109,9 +109,8 @@ class TestRefused:
         assert message.startswith(
             f"Nothing was uploaded to 'ann/new': the hub ({hub.url}) does not let you write there (HfHubHTTPError: "
         )
-        assert message.endswith(
-            "Check the id; as a user who may write, pass token=..., or log in once with `hf auth login`."
-        )
+        advice = "Check the id; as a user who may write, pass token=..., or log in once with `hf auth login`."
+        assert message.endswith(advice)
         assert hub.repositories["ann/new"].refs == before
         assert "does not let you write there" in refusal(model.push_to_hub, "bob/new")
         assert "bob/new" not in hub.repositories
@@ -144,7 +143,8 @@ class TestRefused:
     def test_without_the_library(self, model, monkeypatch):
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         assert refusal(model.push_to_hub, "ann/new") == (
-            "Uploading to the Hugging Face Hub needs huggingface_hub, which is not installed: pip install 'tunerkit[hub]'"
+            "Uploading to the Hugging Face Hub needs huggingface_hub, which is not installed: "
+            "pip install 'tunerkit[hub]'"
         )
 
 
@@ -154,11 +154,11 @@ from tunerkit_lora import LoraConfig
 
 def base():
     torch.manual_seed(0)
-    return torch.nn.Linear(3, 3)
+    return torch.nn.Sequential(torch.nn.Linear(3, 3))
 
 x = torch.ones(2, 3)
 if "HF_HUB_OFFLINE" not in os.environ:
-    model = tunerkit.get_peft_model(base(), LoraConfig(target_modules=r".*|", init_lora_weights=False))
+    model = tunerkit.get_peft_model(base(), LoraConfig(target_modules=["0"], init_lora_weights=False))
     model.push_to_hub("mine", private=True)
     torch.save(model(x), "output.pt")
 loaded = tunerkit.PeftModel.from_pretrained(base(), "ann/mine")
