@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
@@ -192,27 +191,16 @@ class PeftConfig:
         write_config(save_directory, self.to_dict())
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
-        """Upload `adapter_config.json` to the Hugging Face Hub.
-
-        Args:
-            repo_id: The id of the repository, which is made if it is not there.
-            kwargs: `commit_message` and what else `PeftModel.push_to_hub` takes for the upload.
-
-        Returns:
-            What the hub says of the commit.
+        """Upload `adapter_config.json` to the Hugging Face Hub; `kwargs` are as for `PeftModel.push_to_hub`.
 
         Raises:
             KeywordError: A keyword argument is unknown.
             CheckpointError: huggingface_hub is not installed, or the hub cannot be reached or refuses.
         """
-        from tunerkit.checkpoint.files import CONFIG_NAME  # noqa: PLC0415 - above this room, and only needed here
-        from tunerkit.checkpoint.upload import Upload  # noqa: PLC0415 - the same
+        from tunerkit.checkpoint.upload import upload_config  # noqa: PLC0415 - above this room, and only needed here
 
         check_saving("push_to_hub", kwargs)
-        upload = Upload(**{**of_upload(kwargs), "repo_id": repo_id})
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload.send(Path(folder), [Path(folder, CONFIG_NAME)])
+        return upload_config(self.to_dict(), **{**of_upload(kwargs), "repo_id": repo_id})
 
     @classmethod
     def from_pretrained(

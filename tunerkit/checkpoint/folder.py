@@ -38,7 +38,7 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        if is_id(folder) and "/" in str(folder):
+        if is_id(os.fspath(folder)) and "/" in str(folder):
             msg = (
                 f"There is no folder {str(folder)!r} here, and it looks like the id of a repository on the Hugging "
                 "Face Hub. Here only a folder will do: download it first, for example with "

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tunerkit.checkpoint.files import CARD_NAME
+from tunerkit.checkpoint.files import CARD_NAME, CONFIG_NAME
 from tunerkit.checkpoint.hub import LOGIN, api, library, reason, status
+from tunerkit.checkpoint.writing import write_config
 from tunerkit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator, Mapping
 
     from huggingface_hub import CommitInfo
 
@@ -106,3 +108,15 @@ class Upload:
             f"{nothing} on the hub ({self.api.endpoint}): {reason(error)}. Mend that and call it again, or save, and "
             "upload the folder later."
         )
+
+
+def upload_config(values: Mapping[str, Any], **where: Any) -> CommitInfo:
+    """Send a config alone.
+
+    Args:
+        values: What the file is to hold.
+        where: What `Upload` takes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(folder, values)
+        return Upload(**where).send(Path(folder), [Path(folder, CONFIG_NAME)])
