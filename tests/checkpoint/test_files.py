@@ -127,18 +127,17 @@ class TestFolder:
         monkeypatch.setattr(Path, "iterdir", partial(fail, PermissionError(13, "Permission denied")))
         assert "with the folders: none." in error(lambda: check_folder(folder.parent / "x"), CheckpointNotFoundError)
 
-    def test_hub_id(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("name", ["some-user/my_adapter.v2", Path("some-user/my_adapter.v2")])
+    def test_hub_id(self, name, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        message = error(lambda: read_config("some-user/my_adapter.v2"), CheckpointNotFoundError)
+        message = error(lambda: read_config(name), CheckpointNotFoundError)
         assert message == (
             "There is no folder 'some-user/my_adapter.v2' here, and it looks like the id of a repository on the "
             "Hugging Face Hub. Here only a folder will do: download it first, for example with "
             "`huggingface_hub.snapshot_download('some-user/my_adapter.v2')`, and pass the folder that this returns."
         )
 
-    @pytest.mark.parametrize(
-        "name", ["outputs/adapter", "./u/name", "../u/name", "a/b/c", "name", "u/na me", Path("u/name")]
-    )
+    @pytest.mark.parametrize("name", ["outputs/adapter", "./u/name", "../u/name", "a/b/c", "name", "u/na me"])
     def test_what_is_no_hub_id(self, name, tmp_path, monkeypatch):
         (tmp_path / "here" / "outputs").mkdir(parents=True)
         monkeypatch.chdir(tmp_path / "here")
