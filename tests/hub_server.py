@@ -211,5 +211,6 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.server.repositories:
             raise RefusedError(HTTPStatus.CONFLICT, content={"url": f"{self.server.url}/{name}"})
         private = asked.get("private") or asked.get("visibility") == "private"
-        self.server.repositories[name] = Repository(private=bool(private))
+        made = self.server.repositories[name] = Repository(private=bool(private))
+        made.commit({".gitattributes": b""})
         return {"url": f"{self.server.url}/{name}"}

@@ -1,6 +1,7 @@
 import time
 
 import huggingface_hub.constants
+import huggingface_hub.hf_api
 import pytest
 import torch
 from hub_server import Repository, serving
@@ -34,6 +35,7 @@ def hub(monkeypatch, tmp_path):
         }
         for name, value in constants.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # which PEFT asks
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub waits before it tries again
         monkeypatch.chdir(tmp_path)

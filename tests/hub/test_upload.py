@@ -26,7 +26,9 @@ def login(hub, monkeypatch):
 
 
 def latest(repository, revision="main"):
-    return repository.commits[repository.refs[revision]]
+    """Return the files of a branch that were put there; the hub itself begins with one."""
+    files = repository.commits[repository.refs[revision]]
+    return {name: data for name, data in files.items() if name != ".gitattributes"}
 
 
 def refusal(call, *arguments, error=CheckpointError, **given):
@@ -89,6 +91,26 @@ class TestModel:
         model.save_pretrained("run", push_to_hub=True, repo_id="ann/named", is_main_process=False)
         model.save_pretrained("run", push_to_hub=False, repo_id="ann/named")
         assert "ann/named" not in hub.repositories
+
+
+def test_peft_reads_what_was_uploaded(hub, model, make_base):
+    peft = pytest.importorskip("peft", reason="comparing with PEFT needs it")
+    model.push_to_hub("ann/new")
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(make_base(), "ann/new").eval()(X)
+    torch.testing.assert_close(theirs, model(X))
+
+
+def test_what_peft_uploads_is_read(hub, make_base):
+    peft = pytest.importorskip("peft", reason="comparing with PEFT needs it")
+    config = peft.LoraConfig(target_modules=["0", "2"], init_lora_weights=False)
+    model = peft.get_peft_model(make_base(), config).eval()
+    model.push_to_hub("ann/new")
+    with torch.no_grad():
+        torch.testing.assert_close(PeftModel.from_pretrained(make_base(), "ann/new").eval()(X), model(X))
+    card = latest(hub.repositories["ann/new"])[CARD]
+    assert b"library_name: transformers" in card  # the difference that the documentation tells of
+    assert b"peft" not in card.lower()
 
 
 class TestConfig:

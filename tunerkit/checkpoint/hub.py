@@ -221,7 +221,7 @@ def status(error: BaseException | None) -> int | None:
 
 def reason(error: BaseException) -> str:
     """Return what an error of huggingface_hub's says, in one line."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    said = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
