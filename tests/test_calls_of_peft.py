@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 
 import pytest
@@ -31,70 +30,7 @@ def run(model):
         return model(X)
 
 
-# --- Every public name of PEFT: where it is, or why it is not here.
-
-CORE, LORA, IA3 = "tunerkit", "tunerkit_lora", "tunerkit_ia3"
-LATER = "not built yet"
-METHOD = "of a method that is not built yet"
-NEVER = {
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "every method can be mixed",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": METHOD,
-    "bloom_model_postprocess_past_key_value": METHOD,
-    "shift_tokens_right": "transformers has it",
-}
-PLACES = {
-    CORE: (
-        "NoMatchingPeftModuleError PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeftConfig PeftError "
-        "PeftMixedModel PeftModel PeftType PeftWarning TaskType cast_mixed_precision_params get_base_model_state_dict "
-        "get_layer_status get_model_status get_peft_config get_peft_model get_peft_model_state_dict "
-        "inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training set_base_model_state_dict "
-        "set_peft_model_state_dict MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction "
-        "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
-        "PeftModelForTokenClassification AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
-        "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
-        "AutoPeftModelForTokenClassification"
-    ),
-    LORA: (
-        "EvaConfig LoftQConfig LoraConfig LoraModel LoraRuntimeConfig get_eva_state_dict initialize_lora_eva_weights "
-        "replace_lora_weights_loftq"
-    ),
-    IA3: "IA3Config IA3Model",
-    LATER: (
-        "ArrowConfig BdLoraConfig KasaConfig LoraGAConfig "
-        "MontecloraConfig "
-        "VeloraConfig "
-        "convert_to_lora create_arrow_model find_kappa_target_modules "
-        "preprocess_loraga save_as_lora"
-    ),
-    METHOD: (
-        "AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel BOFTConfig "
-        "BOFTModel BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder "
-        "DeftConfig DeftModel DeloraConfig DeloraModel FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig "
-        "GloraModel GraloraConfig GraloraModel HRAConfig HRAModel HiraConfig HiraModel LNTuningConfig LNTuningModel "
-        "LilyConfig LilyModel LoHaConfig LoHaModel LoKrConfig LoKrModel MissConfig MissModel "
-        "MultitaskPromptTuningConfig MultitaskPromptTuningInit OFTConfig OFTModel OSFConfig OSFModel PeanutConfig "
-        "PeanutModel PolyConfig PolyModel PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder "
-        "PromptEncoderConfig PromptEncoderReparameterizationType PromptLearningConfig PromptTuningConfig "
-        "PromptTuningInit PsoftConfig PsoftModel PveraConfig PveraModel RandLoraConfig RandLoraModel RoadConfig "
-        "RoadModel ShadowConfig ShadowModel ShiraConfig ShiraModel SupertuningConfig SupertuningModel TinyLoraConfig "
-        "TinyLoraModel TrainableTokensConfig TrainableTokensModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel "
-        "VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel compose_cartridge_adapters "
-        "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
-        "prompt_embeddings_from_past_key_values"
-    ),
-}
-WHERE = {name: place for place, names in PLACES.items() for name in names.split()} | NEVER
-
-
-def test_every_name_has_its_line():
-    assert sorted(WHERE) == sorted(peft.__all__)
-
-
-@pytest.mark.parametrize("name", sorted(WHERE))
-def test_name_is_where_the_table_says(name):
-    found = [module for module in (CORE, LORA, IA3) if name in importlib.import_module(module).__all__]
-    place = WHERE[name]
-    assert found == ([place] if place in {CORE, LORA, IA3} else []), f"{name} is in {found}: say so in the table."
+# --- The tables of methods.
 
 
 def test_tables_of_methods():

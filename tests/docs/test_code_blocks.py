@@ -129,7 +129,7 @@ def check(command):
 
 def check_own(arguments):
     """Run a command of tunerkit's; of those that take long or read folders, check that the arguments are understood."""
-    if arguments[0] not in ("demo", "inspect", "merge"):
+    if arguments[0] not in ("demo", "inspect", "merge", "migrate"):
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, result.output
         return

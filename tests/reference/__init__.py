@@ -1,7 +1,7 @@
 """The signatures and descriptions in some pages of `docs/`, taken from the source.
 
-The pages are written by hand but for what stands between `[[[cog` and `[[[end]]]`: there cog puts what `show` and
-`show_checks` print. `tests.toml` says which tests show each of the words.
+The pages are written by hand but for what stands between `[[[cog` and `[[[end]]]`: there cog puts what `show`,
+`show_checks`, `show_places` and `show_reasons` print. `tests.toml` says which tests show each of the words.
 
 `tox -e reference` writes them anew.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import runpy
 import sys
 import textwrap
 from pathlib import Path
@@ -23,7 +24,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("api", "hooks", "contract", "checks")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("api", "hooks", "contract", "checks", "migrating-from-peft")]
 WIDTH = 100
 SHOWN = re.compile(r"\[\[\[cog show\((?P<arguments>.+)\) \]\]\]")
 KINDS = griffe.ParameterKind
@@ -33,6 +34,12 @@ SECTIONS = griffe.DocstringSectionKind
 @functools.cache
 def read(package, folder):
     return griffe.load(package, search_paths=[folder], docstring_parser="google")
+
+
+@functools.cache
+def peft_names():
+    """Return the table of PEFT's names; its module is run by itself, as the core needs PyTorch."""
+    return list(runpy.run_path(str(ROOT / "tunerkit" / "migration" / "names.py"))["table"]().values())
 
 
 @functools.cache
@@ -117,12 +124,32 @@ def show(path, *names):
 
 def show_checks():
     """Print the name of each check of the conformance kit and its docstring, by the module that it stands in."""
-    for base in find("tunerkit.testing.conformance.MethodConformance").bases:
+    # As pytest runs them.
+    for base in reversed(find("tunerkit.testing.conformance.MethodConformance").bases):
         checks = find(base.canonical_path)
         print(f"### {checks.docstring.value.partition(chr(10))[0].rstrip('.')}\n")
         for name, check in checks.members.items():
             if name.startswith("test_"):
                 print(f"#### `{name}`\n\n{textwrap.dedent(check.docstring.value)}\n")
+
+
+def show_places(*packages):
+    """Print where PEFT's names are that some packages have."""
+    print("| PEFT | tunerkit |\n| --- | --- |")
+    for entry in peft_names():
+        if entry.place.partition(".")[0] in packages:
+            print(f"| `from {entry.module} import {entry.name}` | `from {entry.place} import {entry.now}` |")
+    print()
+
+
+def show_reasons():
+    """Print PEFT's names that are not here, by the reason."""
+    reasons = {}
+    for entry in peft_names():
+        if entry.reason:
+            reasons.setdefault(entry.reason, []).append(f"`{entry.module}.{entry.name}`")
+    for reason, names in reasons.items():
+        print(f"- **{reason[0].upper()}{reason[1:]}.** {', '.join(names)}.")
 
 
 def print_word(level, heading, word, path, imported=""):

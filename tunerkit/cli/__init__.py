@@ -93,6 +93,7 @@ class LazyGroup(click.Group):
             "Say what an adapter's checkpoint holds, and whether it fits a model.",
         ),
         "merge": ("tunerkit.cli.merge:merge", "Fold an adapter into a model's folder, tensor by tensor."),
+        "migrate": ("tunerkit.cli.migrate:migrate", "Rewrite scripts for PEFT, and list what needs a look."),
         "new": ("tunerkit.cli.new:new", "Write a package for a new method, ready to be tested and published."),
         "plugins": ("tunerkit.cli.plugins:plugins", "List the installed methods and how they stand."),
     },
