@@ -42,6 +42,8 @@ BY_HAND = {
 
 ALLOWED = {
     f"{LORA}::TestDora": {"test_gradients"},
+    f"{LORA}::TestLoftq": {"test_identity_at_start"},
+    f"{LORA}::TestLoftqWithDora": {"test_gradients", "test_identity_at_start"},
     f"{LORA}::TestPissaWithDora": {"test_gradients"},
     f"{BITSANDBYTES}::TestLoraOnFourBits": {*QUANTISED, "test_state_dict"},
     f"{BITSANDBYTES}::TestLoraOnEightBits": QUANTISED,
