@@ -287,6 +287,10 @@ class TestModules:
         source = "import peft.a.b as x\nimport peft.tuners.vera.layer as y\nx.c\ny.VeraLayer\n"
         check(source, source, (3, "peft.a"), (4, "peft.tuners.vera.layer"))
 
+    def test_a_line_is_listed_once(self):
+        source = "import peft\npeft.VeraConfig, peft.VeraConfig\n"
+        check(source, source, (2, "peft.VeraConfig"))
+
     def test_used_as_a_whole(self):
         check(
             "import peft\nreload(peft)\nx = peft.utils\npeft.PeftModel\n",
