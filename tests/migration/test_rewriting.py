@@ -467,6 +467,7 @@ def scripts(draw):
 def test_each_alias_is_the_thing_that_the_table_says(case):
     source, expected = case
     found = migrate(source.encode())
+    assert migrate(found.source).source == found.source  # there is nothing left to do
     namespace = {"__name__": "script", "__builtins__": builtins}
     exec(compile(found.source, "script", "exec"), namespace)  # noqa: S102 - made above
     entangled = {
