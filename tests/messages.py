@@ -325,10 +325,11 @@ class Recorder:
                 self.heard[(*place, kind, self.test)].add(self.without_accidents(text))
 
     def without_accidents(self, text):
-        """Return a message without what differs from run to run: the folder of the tests, addresses."""
+        """Return a message without what differs from run to run: the folder of the tests, addresses, ports."""
         folders = [re.escape(str(folder)) for folder in (self.folder, Path(tempfile.gettempdir()))]
         within = rf"{folders[0]}/[^/'\"\s,;]+|{folders[1]}/{tempfile.gettempprefix()}\w+"
         text = re.sub(within, "/path/to", text).replace(str(ROOT), "/path/to/tunerkit")
+        text = re.sub(r"(?<=//127\.0\.0\.1:)\d+", "8000", text)
         return plain(re.sub(r"\b0x[0-9a-f]{6,}", "0x...", text))
 
     # What it writes

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tunerkit.adapter import Adapter, AdditiveAdapter, Part, linear
+from tunerkit.adapter import Adapter, AdditiveAdapter, NoPart, Part, linear
 from tunerkit.errors import AdapterStateError
 from tunerkit.sites import LinearSite
 
@@ -52,7 +52,6 @@ class TestAdapter:
         assert adapter.entries == ()
         assert adapter.kinds == {"linear"}
         assert adapter.unfoldable is None
-        assert adapter.part is None
         assert not adapter.commutes
         assert adapter.together([adapter]) is None
         tensors = {"a": torch.ones(1)}
@@ -65,6 +64,20 @@ class TestAdapter:
             Adapter(site, None).merged(site)
         with pytest.raises(NotImplementedError, match=r"AdditiveAdapter must define delta\(base\)"):
             AdditiveAdapter(site, None).merged(site)
+
+    def test_what_an_author_may_have_meant(self, site):
+        class Merge(Adapter):
+            def merge(self, below):
+                return below.weight, below.bias
+
+        class Deltas(AdditiveAdapter):
+            def deltas(self, base):
+                return base.weight
+
+        with pytest.raises(NotImplementedError, match=r"unfoldable. It defines `merge`: did you mean `merged`\?$"):
+            Merge(site, None).merged(site)
+        with pytest.raises(NotImplementedError, match=r"delta\(base\). It defines `deltas`: did you mean `delta`\?$"):
+            Deltas(site, None).merged(site)
 
     def test_forward_runs_the_layer_with_what_is_merged(self, site):
         class Nothing(Adapter):
@@ -99,6 +112,14 @@ class TestAdapter:
         site = LinearSite(nn.Linear(5, 4, bias=bias))
         assert torch.equal(Outer(site, None).delta(site), torch.full((4, 5), 0.5))
         assert torch.equal(Outer(site, None).merged(site)[0], site.weight + 0.5)
+
+    def test_there_is_no_part(self, site):
+        message = (
+            r"This Plus has no part. Declare one, Method\(part=...\), and read self.part in `forward`, `merged` or"
+        )
+        with pytest.raises(AdapterStateError, match=message):
+            Plus(site).part.toy_shared  # noqa: B018 - to read it is what is tested
+        assert isinstance(Plus.part, NoPart)
 
     def test_part(self, site):
         part = Part([site], None)

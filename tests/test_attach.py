@@ -213,6 +213,24 @@ class TestHooksMustNotReturn:
             "The adapter class Undeclared of 'attach-toy' holds tensors under 'more', which its `entries`"
         )
 
+    @pytest.mark.parametrize(
+        ("setting", "hint"), [("scael", "Did you mean 'scale'?"), ("speed", "Set it in `__init__`.")]
+    )
+    def test_setting_that_is_not_there(self, setting, hint, model, offer):
+        class Misspelt(Scale):
+            settings = (setting,)
+
+            def __init__(self, site, config):
+                super().__init__(site, config)
+                self.scale = 2.0
+
+        before = Snapshot.of(model)
+        assert refusal(model, offer(adapter=Misspelt)) == (
+            f"The adapter class Misspelt of 'attach-toy' names {setting!r} in its `settings`, and the adapter has no "
+            f"such attribute. {hint}"
+        )
+        assert before.differences(model) == []
+
 
 class TestOverriding:
     """Methods of a subclass of `BaseTuner`, as PEFT's documentation teaches; they need not return what they did."""

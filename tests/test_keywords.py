@@ -54,7 +54,7 @@ CALLS = ["from_pretrained", "load_adapter", "load_peft_weights"]
 
 @pytest.mark.parametrize("call", CALLS)
 class TestLoading:
-    def test_what_a_download_takes_says_nothing(self, model, saved, call):
+    def test_what_a_download_takes_says_nothing_of_a_folder(self, model, saved, call):
         loaders(model, saved)[call](**HUB, use_safetensors=True)
 
     def test_what_belongs_to_the_base_warns(self, model, saved, call):
@@ -89,10 +89,6 @@ class TestSaving:
         assert check_if_peft_model(tmp_path)
 
     def test_refusals(self, model, tmp_path):
-        with pytest.raises(
-            KeywordError, match=r"save_pretrained\(push_to_hub=True\) is not supported by this version. Save"
-        ):
-            model.save_pretrained(tmp_path / "new", push_to_hub=True)
         with pytest.raises(
             KeywordError, match=r"no keyword argument 'selected_adapter'. Closest .* 'selected_adapters'"
         ):

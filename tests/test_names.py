@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tunerkit.adapted_layer import AdaptedLayer
-from tunerkit.adapter import Adapter, linear
+from tunerkit.adapter import Adapter, Part, linear
 from tunerkit.errors import AdapterNameError, PluginError
 from tunerkit.names import RESERVED_NAMES, EntryModule, PerAdapter, entries_of
 from tunerkit.naming import check_adapter_name
@@ -254,6 +254,11 @@ class TestPlainAttributes:
             layer.scaling["bare"]
         with pytest.raises(KeyError, match="missing"):
             layer.scaling["missing"]
+
+    def test_a_part_that_no_adapter_has(self, model):
+        assert not hasattr(model[0], "part")
+        model[0].adapters["other"].join(Part([], None))
+        assert list(model[0].part) == ["other"]
 
     def test_delete(self, model):
         attribute = PerAdapter({"default": model[0].adapters["default"]}, "scaling", lambda name: None)

@@ -10,7 +10,7 @@ from torch import nn
 import tunerkit
 from tunerkit import PeftModel, TunerkitError, get_peft_model, plugins
 from tunerkit.adapter import Part
-from tunerkit.errors import AdapterStateError, ConfigError
+from tunerkit.errors import AdapterStateError, CheckpointError, ConfigError
 from tunerkit_ia3 import IA3Config
 from tunerkit_lora import LoraConfig
 
@@ -63,9 +63,9 @@ class TestKeywordsOfPeft:
         assert model.get_base_model().seen == [{"mask": None, "length": 3}]
 
 
-def test_nothing_is_uploaded(model):
-    message = refusal(model.push_to_hub, "someone/model", private=True)
-    assert message.startswith("push_to_hub is not supported by this version. Call save_pretrained(folder), then upload")
+def test_the_base_is_not_uploaded(model):
+    message = refusal(model.push_to_hub, "someone/model", private=True, error=CheckpointError)
+    assert message.startswith("Nothing was uploaded to 'someone/model'")
     assert model.get_base_model().seen == []
 
 

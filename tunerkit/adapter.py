@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tunerkit.alike import run_alike
 from tunerkit.errors import AdapterStateError, UnsupportedSiteError
 from tunerkit.lean import LeanModule, Linear
+from tunerkit.naming import closest
 from tunerkit.sites import Bound
 
 if TYPE_CHECKING:
@@ -27,6 +28,24 @@ if TYPE_CHECKING:
 
 _ROUNDING = 4
 """By how many times the precision of its numbers a weight may differ from one that is the same."""
+
+_ALIKE = 0.8
+"""How much a name must look like a word that is missing to be taken for it."""
+
+
+class NoPart:
+    """What an adapter class has in place of a part: an adapter that has joined one finds that first, in itself."""
+
+    def __get__(self, adapter: Adapter | None, kind: type[Adapter]) -> Any:
+        """Refuse to give what there is not; of a class there is nothing to refuse."""
+        if adapter is None:
+            return self
+        # No AttributeError: in its place torch would raise another, which says less.
+        msg = (
+            f"This {kind.__name__} has no part. Declare one, Method(part=...), and read self.part in `forward`, "
+            "`merged` or `delta`: while `__init__` runs, there is none yet."
+        )
+        raise AdapterStateError(msg)
 
 
 class Adapter(LeanModule):
@@ -44,7 +63,8 @@ class Adapter(LeanModule):
             have adapters of their own; None if it does not.
         settings: The names of the plain numbers that `forward` reads and that the config decides, such as a scaling.
         base_like: The names of buffers that stand in for the layer's own tensors, and keep the dtype of these.
-        part: What this adapter shares with those of the same name at other sites, if the method has a `Part`.
+        part: What this adapter shares with those of the same name at other sites, if the method has a `Part`; it is
+            there once `join` was called, and to read it before is an `AdapterStateError`.
 
     Args:
         site: The bare layer, which makes tensors of the right size, dtype and device (`Site.zeros`).
@@ -58,7 +78,7 @@ class Adapter(LeanModule):
     crosses_rows: str | None = None
     settings: ClassVar[tuple[str, ...]] = ()
     base_like: ClassVar[tuple[str, ...]] = ()
-    part: Part | None = None
+    part: Part = NoPart()  # type: ignore[assignment]
 
     def __init__(self, site: Site, config: PeftConfig) -> None:
         del site, config
@@ -73,7 +93,10 @@ class Adapter(LeanModule):
         Returns:
             The weight, of the shape of `below.weight`, and the bias, which may be one where there was none.
         """
-        msg = f"{type(self).__name__} must define merged(below), or forward(x, below) and unfoldable."
+        msg = (
+            f"{type(self).__name__} must define merged(below), or forward(x, below) and unfoldable."
+            f"{_meant(type(self), 'merged')}"
+        )
         raise NotImplementedError(msg)
 
     def forward(self, x: Tensor, below: Below) -> Tensor:
@@ -256,7 +279,7 @@ class AdditiveAdapter(Adapter):
         """
         product = self.product(base)
         if product is None:
-            msg = f"{type(self).__name__} must define delta(base)."
+            msg = f"{type(self).__name__} must define delta(base).{_meant(type(self), 'delta')}"
             raise NotImplementedError(msg)
         left, right, scaling = product
         return (scaling * left) @ right
@@ -330,6 +353,12 @@ class Part(nn.Module):
     def surrounds(cls) -> bool:
         """Return whether this does something around a call of the model, as opposed to holding tensors only."""
         return cls.around is not Part.around
+
+
+def _meant(kind: type[Adapter], word: str) -> str:
+    """Return a sentence about a name that a class defines and that may be meant as a word of the contract, if any."""
+    near = closest(word, sorted({*dir(kind)} - {*dir(AdditiveAdapter)}), count=1, cutoff=_ALIKE)
+    return f" It defines `{near[0]}`: did you mean `{word}`?" if near else ""
 
 
 def _differ(before: Tensor | None, after: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ from tunerkit.layer import BaseTunerLayer, is_layer
 from tunerkit.lean import begin
 from tunerkit.modules import cast_up, frozen_keys, parameters_in, set_modes, set_trains, state_of, tensors_in
 from tunerkit.names import entries_of, expose, withdraw
-from tunerkit.naming import listing
+from tunerkit.naming import closest, listing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,13 +140,23 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             trains: Let its tensors train as they do now, rather than freeze them till it is made active.
 
         Raises:
-            PluginError: The adapter holds tensors under names that its class does not declare, or this layer has.
+            PluginError: The adapter holds tensors under names that its class does not declare, or this layer has; or
+                its class declares a setting that it does not have.
         """
         for entry in entries_of(adapter):
             if entry not in adapter.entries:
                 msg = (
                     f"The adapter class {type(adapter).__name__} of {method!r} holds tensors under {entry!r}, which "
                     f"its `entries` {adapter.entries} does not name. Add it, so that checkpoints can be matched."
+                )
+                raise PluginError(msg)
+        for setting in adapter.settings:
+            if not hasattr(adapter, setting):
+                near = closest(setting, adapter.__dict__, count=1)
+                hint = f"Did you mean {near[0]!r}?" if near else "Set it in `__init__`."
+                msg = (
+                    f"The adapter class {type(adapter).__name__} of {method!r} names {setting!r} in its `settings`, "
+                    f"and the adapter has no such attribute. {hint}"
                 )
                 raise PluginError(msg)
         tensors, device = tensors_in(adapter), self._site.device

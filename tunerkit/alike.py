@@ -126,7 +126,7 @@ def _alike(adapters: Sequence[Adapter], sizes: Sequence[int]) -> list[tuple[int,
     found: dict[Any, list[int]] = {}
     for position, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
         # A part is one object for all layers: to stack it at each of them would cost more than is won.
-        key = position if adapter.part is not None else (_signature(adapter), (size - 1).bit_length())
+        key = position if "part" in adapter.__dict__ else (_signature(adapter), (size - 1).bit_length())
         found.setdefault(key, []).append(position)
     return [tuple(positions) for positions in found.values()]
 

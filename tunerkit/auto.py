@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
+from tunerkit.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
+from tunerkit.checkpoint.folder import is_id
+from tunerkit.checkpoint.hub import fetched
 from tunerkit.config import PeftConfig
 from tunerkit.errors import ArgumentError, CheckpointError, TunerkitError
-from tunerkit.keywords import HUB_KEYWORDS
+from tunerkit.keywords import of_download
 from tunerkit.model import PeftModel
 from tunerkit.naming import listing
 from tunerkit.peft_types import AUTO_CLASSES, TaskType
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
 LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")
 """Of which a checkpoint may name a class as that of its base model, as in PEFT."""
@@ -54,17 +57,18 @@ class AutoPeftModel:
     ) -> PeftModel:
         """Load the base model, and put the adapter into it.
 
-        If the folder has a tokenizer with more tokens than the base has embeddings, the base gets as many.
+        If there is a tokenizer beside the adapter with more tokens than the base has embeddings, the base gets as many.
 
         Args:
-            pretrained_model_name_or_path: The adapter's folder.
+            pretrained_model_name_or_path: The adapter's folder, or its id on the hub.
             adapter_name: The name that the adapter gets.
             is_trainable: Make it trainable; otherwise it is frozen and the model is set to evaluation.
             config: A config to use instead of the checkpoint's.
-            revision: Says nothing of a folder; the base model's revision is in the config.
+            revision: That of the adapter, on the hub; the base model's revision is in the config.
             import_allowlist: The libraries of which the checkpoint may name a class; `LIBRARIES` if not given.
             kwargs: What `PeftModel.from_pretrained` takes by its names; all else goes to the base model's
-                `from_pretrained`, such as `dtype` and `device_map`.
+                `from_pretrained`, such as `dtype` and `device_map`; what a download takes (`token`, `cache_dir`) goes
+                to both.
 
         Returns:
             A model of the class for the adapter's task.
@@ -75,17 +79,19 @@ class AutoPeftModel:
             ArgumentError: The adapter is for another task.
             TunerkitError: The adapter cannot be put in, or transformers is not installed.
         """
-        del revision
         own = {name: kwargs.pop(name) for name in _OWN & kwargs.keys()}
-        folder = Path(pretrained_model_name_or_path, own.get("subfolder") or "")
+        subfolder = own.pop("subfolder", None)
+        hub = of_download(kwargs) | ({"revision": revision} if revision is not None else {})
+        source = pretrained_model_name_or_path
+        folder = fetched(source, (CONFIG_NAME, WEIGHTS_NAME), subfolder, hub, also=[_TOKENIZER])
         found = config if config is not None else PeftConfig.from_pretrained(folder)
         load = cls._loader(found, folder, LIBRARIES if import_allowlist is None else tuple(import_allowlist))
         base = load(found.base_model_name_or_path, revision=found.revision, **kwargs)
-        _fit_to_tokenizer(base, folder, kwargs.get("trust_remote_code", False))
-        hub = {name: value for name, value in kwargs.items() if name in HUB_KEYWORDS}
-        return PeftModel.from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config, **own, **hub
-        )
+        if (folder / _TOKENIZER).is_file() and hasattr(base, "get_input_embeddings"):
+            # On the hub it has more files than this one, of names that it knows itself.
+            place = (source, {**hub, "subfolder": subfolder or ""}) if is_id(source) else (folder, {})
+            _fit_to_tokenizer(base, *place, kwargs.get("trust_remote_code", False))
+        return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable=is_trainable, config=config, **own)
 
     @classmethod
     def _loader(cls, config: PeftConfig, folder: Path, allowed: tuple[str, ...]) -> Any:
@@ -140,11 +146,11 @@ def _transformers() -> Any:
     return transformers
 
 
-def _fit_to_tokenizer(base: Any, folder: Path, trust_remote_code: bool) -> None:
-    """Give a model as many embeddings as the tokenizer in the adapter's folder has tokens, if it has fewer."""
-    if not (folder / _TOKENIZER).is_file() or not hasattr(base, "get_input_embeddings"):
-        return
-    tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+def _fit_to_tokenizer(
+    base: Any, source: str | os.PathLike[str], given: Mapping[str, Any], trust_remote_code: bool
+) -> None:
+    """Give a model as many embeddings as the tokenizer beside the adapter has tokens, if it has fewer."""
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **given)
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer))
 

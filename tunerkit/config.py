@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from tunerkit._typecheck import describe, fits
 from tunerkit.errors import ConfigError, TunerkitError
-from tunerkit.keywords import HUB_KEYWORDS
+from tunerkit.keywords import HUB_KEYWORDS, check_saving, of_download, of_upload
 from tunerkit.naming import closest, listing, method_id, peft_type_name, shown
 from tunerkit.peft_types import PeftType, TaskType
 from tunerkit.settings import default_of, is_empty, is_unbuilt, rule_of, setting, unbuilt
@@ -19,6 +19,7 @@ from tunerkit.settings import default_of, is_empty, is_unbuilt, rule_of, setting
 if TYPE_CHECKING:
     import os
 
+    from huggingface_hub import CommitInfo
     from typing_extensions import Self
 
 __all__ = [
@@ -189,6 +190,18 @@ class PeftConfig:
 
         write_config(save_directory, self.to_dict())
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """Upload `adapter_config.json` to the Hugging Face Hub; `kwargs` are as for `PeftModel.push_to_hub`.
+
+        Raises:
+            KeywordError: A keyword argument is unknown.
+            CheckpointError: huggingface_hub is not installed, or the hub cannot be reached or refuses.
+        """
+        from tunerkit.checkpoint.upload import upload_config  # noqa: PLC0415 - above this room, and only needed here
+
+        check_saving("push_to_hub", kwargs)
+        return upload_config(self.to_dict(), **{**of_upload(kwargs), "repo_id": repo_id})
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any
@@ -196,10 +209,10 @@ class PeftConfig:
         """Read the config of a checkpoint.
 
         Args:
-            pretrained_model_name_or_path: The checkpoint's folder.
+            pretrained_model_name_or_path: The checkpoint's folder, or its id on the hub.
             subfolder: A folder below it, for adapters that were saved beside others.
             overrides: Values for settings that the file does not hold; the file's values win, as in PEFT. What a
-                download would take (`revision`, `token`) says nothing of a folder.
+                download takes (`revision`, `token`) goes there; it says nothing of a folder.
 
         Returns:
             A config of the class of the checkpoint's method.
@@ -209,10 +222,11 @@ class PeftConfig:
             UnknownMethodError: No installed package offers the method.
             ConfigError: A setting is wrong, or is unknown and matters.
         """
-        from tunerkit.checkpoint.files import read_config  # noqa: PLC0415 - above this room, and only needed here
+        from tunerkit.checkpoint.files import CONFIG_NAME, read_config  # noqa: PLC0415 - above, and only needed here
+        from tunerkit.checkpoint.hub import fetched  # noqa: PLC0415 - the same
 
-        folder = pretrained_model_name_or_path
-        values = read_config(Path(folder, subfolder) if subfolder else folder)
+        download = of_download(overrides)
+        values = read_config(fetched(pretrained_model_name_or_path, (CONFIG_NAME,), subfolder, download))
         given = {name: value for name, value in overrides.items() if name not in HUB_KEYWORDS}
         return cls.from_peft_type(**{**given, **values})
 
@@ -352,7 +366,7 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
-    """Return whether a folder holds the config of an adapter whose method is installed and can be used."""
+    """Return whether a folder, or a repository on the hub, holds the config of an adapter whose method can be used."""
     try:
         PeftConfig.from_pretrained(model_name_or_path)
     except TunerkitError:

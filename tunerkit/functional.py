@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from tunerkit.biases import trained_biases
 from tunerkit.checkpoint.base_model import repeated_keys
-from tunerkit.checkpoint.files import read_tensors
+from tunerkit.checkpoint.files import WEIGHTS_NAME, read_tensors
+from tunerkit.checkpoint.hub import fetched
 from tunerkit.checkpoint.state import Loading, Piece, collect, pieces
 from tunerkit.config import check_config
 from tunerkit.embeddings import check_writable, embeddings_to_load, embeddings_to_save
 from tunerkit.errors import AdapterStateError, TargetError, UnknownAdapterError
-from tunerkit.keywords import check_loading
+from tunerkit.keywords import check_loading, of_download
 from tunerkit.layer import tuner_layers
 from tunerkit.naming import PREFIX, listing
 from tunerkit.plugins import get_method
@@ -244,17 +245,19 @@ def load_peft_weights(
     """Read the tensors of a checkpoint.
 
     Args:
-        model_id: The checkpoint's folder.
+        model_id: The checkpoint's folder, or its id on the hub.
         device: Where the tensors are to be; the CPU if not given.
         key_mapping: Patterns and what replaces them in the keys below the base model; the first that matches counts.
-        kwargs: What PEFT would pass to a download; see `tunerkit.keywords`.
+        kwargs: What a download takes, and `subfolder`; see `tunerkit.keywords`.
 
     Raises:
         KeywordError: A keyword argument is unknown.
         CheckpointError: The file is not there or cannot be read.
     """
-    check_loading("load_peft_weights", kwargs, ("device", "key_mapping"))
-    tensors = read_tensors(model_id, "cpu" if device is None else device)
+    subfolder = kwargs.pop("subfolder", None)
+    check_loading("load_peft_weights", kwargs, ("device", "key_mapping", "subfolder"))
+    folder = fetched(model_id, (WEIGHTS_NAME,), subfolder, of_download(kwargs))
+    tensors = read_tensors(folder, "cpu" if device is None else device)
     return renamed(tensors, key_mapping)
 
 

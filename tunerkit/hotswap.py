@@ -8,7 +8,7 @@ as they are when it is attached, and a compiled model sees nothing but other num
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -23,6 +23,7 @@ from tunerkit.copied_module import CopiedModule
 from tunerkit.embeddings import check_writable, embeddings_to_load
 from tunerkit.errors import AdapterStateError, AdapterWarning, CheckpointError, ConfigError, UnknownAdapterError
 from tunerkit.journal import Journal
+from tunerkit.keywords import check_loading, of_download
 from tunerkit.layer import original, tuner_layers
 from tunerkit.naming import PREFIX, listing, method_id
 from tunerkit.replication import wanted_ranges
@@ -49,6 +50,7 @@ def hotswap_adapter(
     *,
     subfolder: str | None = None,
     key_mapping: dict[str, str] | None = None,
+    **kwargs: Any,
 ) -> None:
     """Put the numbers of a saved adapter into an adapter of a model, in place; a compiled model need not recompile.
 
@@ -57,18 +59,27 @@ def hotswap_adapter(
 
     Args:
         model: A `PeftModel`, or a model into which adapters were injected; it may be compiled.
-        model_name_or_path: The checkpoint's folder.
+        model_name_or_path: The checkpoint's folder, or its id on the hub.
         adapter_name: The adapter whose numbers are replaced; it keeps its name, and whether it is active and trains.
         torch_device: Where the checkpoint's tensors are read to; the CPU if not given.
         subfolder: A folder below, for adapters that were saved beside others.
         key_mapping: See `load_peft_weights`.
+        kwargs: What a download takes; see `tunerkit.keywords`.
 
     Raises:
+        KeywordError: A keyword argument is unknown.
         CheckpointError: The checkpoint is not there, or does not fit; the model is as it was.
         AdapterStateError: The adapter is merged, or the method cannot be swapped; the model is as it was.
     """
+    check_loading("hotswap_adapter", kwargs, ("torch_device", "subfolder", "key_mapping"))
     saved = SavedAdapter(
-        model_name_or_path, subfolder, None, is_trainable=False, device=torch_device, key_mapping=key_mapping
+        model_name_or_path,
+        subfolder,
+        None,
+        is_trainable=False,
+        device=torch_device,
+        key_mapping=key_mapping,
+        download=of_download(kwargs),
     )
     hotswap_adapter_from_state_dict(model, saved.tensors, adapter_name, saved.config)
 

@@ -1,4 +1,4 @@
-"""Keyword arguments that scripts pass because PEFT takes them, and that ask nothing of a folder on this machine."""
+"""Keyword arguments of PEFT's calls that are not named in the signatures here: those of a download, and others."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ HUB_KEYWORDS = frozenset({
     "cache_dir", "endpoint", "etag_timeout", "force_download", "headers", "local_dir", "local_dir_use_symlinks",
     "local_files_only", "proxies", "repo_type", "resume_download", "revision", "token", "use_auth_token", "user_agent",
 })
-"""Where and how a download would go: nothing is downloaded, so they are taken and say nothing."""
+"""Where and how a download goes (`tunerkit.checkpoint.hub`); of a folder on this machine they say nothing."""
 
 _SAVING = frozenset({
-    "commit_message", "create_pr", "max_shard_size", "private", "repo_id", "save_function", "tags", "variant",
+    "max_shard_size", "push_to_hub", "save_function", "tags", "variant",
+})
+"""What PEFT's `save_pretrained` takes beside what an upload does; not all of it asks for something here."""
+
+_UPLOADING = frozenset({
+    "commit_description", "commit_message", "create_pr", "private", "repo_id", "revision", "token",
 })
 # fmt: on
-"""What PEFT's `save_pretrained` takes and does not read either."""
+"""What `push_to_hub(...)` takes, and `save_pretrained(push_to_hub=True, ...)`."""
 
 _DTYPE = "a checkpoint has no say in the base model's dtype: set it where the base model is loaded."
 _PLACE = "the adapter goes where its layers are: place the base model where it is loaded."
@@ -35,6 +40,16 @@ _NO_EFFECT = {
     "offload_dir": _PLACE,
     "offload_index": _PLACE,
 }
+
+
+def of_download(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a call's keyword arguments that a download takes."""
+    return {name: value for name, value in given.items() if name in HUB_KEYWORDS}
+
+
+def of_upload(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a call's keyword arguments that an upload takes."""
+    return {name: value for name, value in given.items() if name in _UPLOADING and value is not None}
 
 
 def check_loading(call: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> None:
@@ -73,10 +88,7 @@ def check_saving(call: str, given: Mapping[str, Any], known: Iterable[str] = ())
     Raises:
         KeywordError: One asks for something that is not done here, or is unknown.
     """
-    if given.get("push_to_hub"):
-        msg = f"{call}(push_to_hub=True) is not supported by this version. Save, then upload the folder."
-        raise KeywordError(msg)
-    taken = {*HUB_KEYWORDS, *_SAVING, "push_to_hub"}
+    taken = {*HUB_KEYWORDS, *_SAVING, *_UPLOADING}
     _refuse_unknown(call, [name for name in given if name not in taken], known)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tunerkit.errors import ArgumentError, PluginError
+from tunerkit.errors import AdapterStateError, ArgumentError, PluginError
 from tunerkit.lean import LeanModule
 from tunerkit.naming import listing
 
@@ -176,7 +176,7 @@ class PerAdapter(MutableMapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         adapter = self._adapters[name]
-        if not hasattr(adapter, self._attribute):
+        if not _gives(adapter, self._attribute):
             raise KeyError(name)
         return getattr(adapter, self._attribute)
 
@@ -209,7 +209,7 @@ class PerAdapter(MutableMapping[str, Any]):
         self.update(values)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, adapter in self._adapters.items() if hasattr(adapter, self._attribute))
+        return (name for name, adapter in self._adapters.items() if _gives(adapter, self._attribute))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -220,8 +220,16 @@ class PerAdapter(MutableMapping[str, Any]):
 
 def per_adapter(adapters: dict[str, nn.Module], name: str, check: Callable[[str], None]) -> PerAdapter | None:
     """Return an attribute by adapter, or None if no adapter has it; see `PerAdapter`."""
-    found = any(hasattr(adapter, name) for adapter in adapters.values())
+    found = any(_gives(adapter, name) for adapter in adapters.values())
     return PerAdapter(adapters, name, check) if found else None
+
+
+def _gives(adapter: nn.Module, name: str) -> bool:
+    """Return whether an adapter has an attribute; a part that it has not joined is none."""
+    try:
+        return hasattr(adapter, name)
+    except AdapterStateError:
+        return False
 
 
 def entries_of(adapter: nn.Module) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -57,15 +57,6 @@ def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 _PEFTS = {
     "alora_offsets": "is not supported by this version; leave it out.",
 }
-
-
-def refuse_push_to_hub(*_args: Any, **_kwargs: Any) -> NoReturn:
-    """Raise `ConfigError`, because nothing here uploads; the message says what to do instead."""
-    msg = (
-        "push_to_hub is not supported by this version. Call save_pretrained(folder), then upload the folder, for "
-        "example with `huggingface_hub.upload_folder(repo_id=..., folder_path=folder)`."
-    )
-    raise ConfigError(msg)
 
 
 def refuse_around(model: AdaptedModel) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunerkit.adapted_layer import AdaptedLayer, adapter_of
 from tunerkit.checkpoint.card import Card, write_card
-from tunerkit.checkpoint.files import CARD_NAME, read_checkpoint
+from tunerkit.checkpoint.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_checkpoint
 from tunerkit.checkpoint.folder import entries_of
+from tunerkit.checkpoint.hub import fetched
 from tunerkit.config import PeftConfig, TaskType, check_config
 from tunerkit.effect import check_effect
 from tunerkit.errors import AdapterNameError, CardWarning, CheckpointError, ConfigError, PluginError
@@ -24,7 +25,7 @@ from tunerkit.naming import listing
 from tunerkit.plugins import get_method
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     import torch
     from torch import nn
@@ -53,10 +54,10 @@ class SavedAdapter:
         is_trainable: bool,
         device: str | torch.device | None,
         key_mapping: dict[str, str] | None,
+        download: Mapping[str, Any],
     ) -> None:
-        checkpoint = read_checkpoint(
-            Path(model_id, subfolder) if subfolder else model_id, "cpu" if device is None else device
-        )
+        folder = fetched(model_id, (CONFIG_NAME, WEIGHTS_NAME), subfolder, download)
+        checkpoint = read_checkpoint(folder, "cpu" if device is None else device)
         self.config = PeftConfig.from_peft_type(**checkpoint.config) if config is None else check_config(config).copy()
         self.config.inference_mode = not is_trainable
         self.source = f"The checkpoint in {os.fspath(model_id)!r}"
@@ -171,14 +172,22 @@ def metadata(config: PeftConfig) -> dict[str, str]:
     }
 
 
-def write_model_card(folder: Path, base: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
+def write_model_card(
+    folder: Path, base: nn.Module, configs: Mapping[str, PeftConfig], tags: Iterable[str] = ()
+) -> None:
     """Write the model card of a folder that holds adapters, or bring the one that is there up to date.
+
+    Args:
+        folder: The folder.
+        base: The base model.
+        configs: The configs of the adapters in the folder by name.
+        tags: Words to be found by, beside those that follow from these.
 
     Warns:
         CardWarning: It could not be written. No checkpoint is lost for its card.
     """
     try:
-        write_card(folder, card_for(base, configs))
+        write_card(folder, card_for(base, configs, tags))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         msg = (
@@ -188,11 +197,11 @@ def write_model_card(folder: Path, base: nn.Module, configs: Mapping[str, PeftCo
         warnings.warn(CardWarning(msg), stacklevel=3)
 
 
-def card_for(base: nn.Module, configs: Mapping[str, PeftConfig]) -> Card:
+def card_for(base: nn.Module, configs: Mapping[str, PeftConfig], extra_tags: Iterable[str] = ()) -> Card:
     """Return what the model card of adapters is to say."""
     methods = [get_method(str(config.peft_type)) for config in configs.values()]
     name = _public_name(base)
-    tags = [tag for method in methods for tag in method.method.tags]
+    tags = [*extra_tags, *(tag for method in methods for tag in method.method.tags)]
     tags += getattr(base, "model_tags", None) or []  # what transformers calls a model's own tags
     if any(kind.__module__.startswith("transformers.") for kind in type(base).__mro__):
         tags.append("transformers")

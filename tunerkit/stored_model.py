@@ -1,41 +1,37 @@
-"""`StoredModel`: putting adapters into a model, from a config or from files, and saving them."""
+"""`StoredModel`: putting adapters into a model, from a config or from files."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
-
 from tunerkit import refusals
-from tunerkit.checkpoint.writing import write_checkpoint
 from tunerkit.config import check_config
-from tunerkit.errors import AdapterNameError, UnknownAdapterError
+from tunerkit.errors import AdapterNameError
 from tunerkit.evaluation import set_to_evaluation
-from tunerkit.functional import get_peft_model_state_dict
 from tunerkit.journal import Journal
-from tunerkit.keywords import check_loading, check_saving
+from tunerkit.keywords import check_loading, of_download
 from tunerkit.names import RESERVED_NAMES
 from tunerkit.naming import check_adapter_name, listing
 from tunerkit.plugins import get_method
 from tunerkit.preparation import add_input_hooks, checkpoints_gradients
-from tunerkit.saved import SavedAdapter, config_to_save, metadata, own_folder, refuse_offload, write_model_card
-from tunerkit.standalone import standalone
+from tunerkit.savable_model import SavableModel
+from tunerkit.saved import SavedAdapter, refuse_offload
 from tunerkit.tuner import BaseTuner
 
 if TYPE_CHECKING:
     import os
 
     import torch
+    from torch import nn
     from typing_extensions import Self
 
     from tunerkit.checkpoint.report import LoadReport
     from tunerkit.config import PeftConfig
 
 
-class StoredModel(nn.Module):
+class StoredModel(SavableModel):
     """A base model with adapters that come from a config or from files, and go into files; `PeftModel` is one.
 
     A subclass for a task is declared with `class PeftModelForX(PeftModel, task="X")`, and its task then calls for it.
@@ -45,7 +41,6 @@ class StoredModel(nn.Module):
         tasks: The subclasses by the task that they are for.
     """
 
-    base_model: BaseTuner
     heads: ClassVar[tuple[str, ...]] = ()
     tasks: ClassVar[dict[str, type[StoredModel]]] = {}
 
@@ -94,11 +89,6 @@ class StoredModel(nn.Module):
             self._prepare_if_checkpointed()
 
     @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The completed configs by adapter name."""
-        return self.base_model.peft_config
-
-    @property
     def modules_to_save(self) -> set[str] | None:
         """The names of the modules that adapters train and save as a whole; None if there are none."""
         configs = self.peft_config.values()
@@ -111,10 +101,6 @@ class StoredModel(nn.Module):
         completed: Any = config.copy()
         completed.modules_to_save = list(dict.fromkeys([*(completed.modules_to_save or ()), *self.heads]))
         return completed  # type: ignore[no-any-return]
-
-    def get_base_model(self) -> nn.Module:
-        """Return the base model, whose layers may be adapted."""
-        return self.base_model.model
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Let gradients flow through checkpointed blocks; see `tunerkit.preparation`. Done at attaching if they are."""
@@ -166,72 +152,6 @@ class StoredModel(nn.Module):
             if first:
                 self._prepare_if_checkpointed()
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write adapters as PEFT does: `default` into the folder, every other one into a folder below it.
-
-        The folder gets a model card, `README.md`, or the one it has is brought up to date.
-
-        Args:
-            save_directory: The folder; made if it is not there.
-            safe_serialization: Only True: pickled files are not written.
-            selected_adapters: Which; all if not given.
-            save_embedding_layers: See `get_peft_model_state_dict`.
-            is_main_process: Whether this process writes, where several call this.
-            path_initial_model_for_weight_conversion: The folder in which the adapter was saved before training. What
-                is written is then its standalone form, which needs no start: a plain adapter for the unchanged base.
-            state_dict: The model's state, gathered elsewhere, to take the values from.
-            kwargs: What PEFT takes and does not read; see `tunerkit.keywords`.
-
-        Raises:
-            KeywordError: A keyword argument is unknown.
-            UnknownAdapterError: There is no such adapter.
-            ConfigError: An adapter is to be converted, and its method has no standalone form.
-            CheckpointError: The folder or the values cannot be written; what was there is whole.
-
-        Warns:
-            CardWarning: The model card could not be written; the checkpoint is.
-        """
-        check_saving("save_pretrained", kwargs, inspect.signature(self.save_pretrained).parameters)
-        refusals.refuse_pickle(safe_serialization)
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        self.base_model.check_known(names)
-        if not names:
-            msg = "The model has no adapter to save. Attach one with add_adapter(name, config)."
-            raise UnknownAdapterError(msg)
-        folder = Path(save_directory)
-        for name in names:
-            tensors = get_peft_model_state_dict(
-                self, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
-            )
-            config = self.peft_config[name]
-            if path_initial_model_for_weight_conversion is not None or config.saved_standalone:
-                config, tensors = standalone(self, name, config, tensors, path_initial_model_for_weight_conversion)
-            if is_main_process:
-                values = config_to_save(config, self.get_base_model())
-                write_checkpoint(own_folder(folder, name), values, tensors, metadata(config))
-        if is_main_process:
-            write_model_card(folder, self.get_base_model(), {name: self.peft_config[name] for name in names})
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write the model card of a folder, or bring the one that is there up to date.
-
-        Warns:
-            CardWarning: It could not be written.
-        """
-        write_model_card(Path(output_dir), self.get_base_model(), self.peft_config)
-
-    push_to_hub = refusals.refuse_push_to_hub
-
     @classmethod
     def from_pretrained(
         cls,
@@ -255,7 +175,7 @@ class StoredModel(nn.Module):
 
         Args:
             model: The base model.
-            model_id: The checkpoint's folder.
+            model_id: The checkpoint's folder, or its id on the hub.
             adapter_name: The name the adapter gets.
             is_trainable: Make it trainable; otherwise it is frozen and the model is set to evaluation.
             config: A config to use instead of the checkpoint's.
@@ -267,7 +187,8 @@ class StoredModel(nn.Module):
             torch_device: Where the checkpoint's tensors are read to; the CPU if not given.
             strict: Refuse a checkpoint with missing or unexpected tensors rather than warn.
             verify: Refuse an adapter that changes nothing; see `tunerkit.effect`.
-            kwargs: What PEFT takes beside these; see `tunerkit.keywords`.
+            kwargs: What a download takes (`revision`, `token`, `cache_dir`), and what else PEFT does; see
+                `tunerkit.keywords`.
 
         Raises:
             KeywordError: A keyword argument is unknown, or asks for what is not done here.
@@ -283,7 +204,13 @@ class StoredModel(nn.Module):
         if key_mapping is None:  # where transformers has renamed modules since
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         saved = SavedAdapter(
-            model_id, subfolder, config, is_trainable=is_trainable, device=torch_device, key_mapping=key_mapping
+            model_id,
+            subfolder,
+            config,
+            is_trainable=is_trainable,
+            device=torch_device,
+            key_mapping=key_mapping,
+            download=of_download(kwargs),
         )
         refuse_offload(ephemeral_gpu_offload)
         with Journal() as journal:
@@ -318,7 +245,7 @@ class StoredModel(nn.Module):
         If the name is taken, only the tensors are loaded, into the adapter that has it.
 
         Args:
-            model_id: The checkpoint's folder.
+            model_id: The checkpoint's folder, or its id on the hub.
             adapter_name: The name the adapter gets.
             is_trainable: Let it train when it is made active; otherwise the model is set to evaluation.
             torch_device: Where the checkpoint's tensors are read to; the CPU if not given.
@@ -330,7 +257,8 @@ class StoredModel(nn.Module):
             config: A config to use instead of the checkpoint's.
             strict: Refuse a checkpoint with missing or unexpected tensors rather than warn.
             verify: Refuse an adapter that changes nothing; see `tunerkit.effect`.
-            kwargs: What PEFT takes beside these; see `tunerkit.keywords`.
+            kwargs: What a download takes (`revision`, `token`, `cache_dir`), and what else PEFT does; see
+                `tunerkit.keywords`.
 
         Returns:
             Which tensors found their place.
@@ -344,7 +272,13 @@ class StoredModel(nn.Module):
         check_loading("load_adapter", kwargs, inspect.signature(self.load_adapter).parameters)
         refuse_offload(ephemeral_gpu_offload)
         saved = SavedAdapter(
-            model_id, subfolder, config, is_trainable=is_trainable, device=torch_device, key_mapping=key_mapping
+            model_id,
+            subfolder,
+            config,
+            is_trainable=is_trainable,
+            device=torch_device,
+            key_mapping=key_mapping,
+            download=of_download(kwargs),
         )
         with Journal() as journal:
             if check_adapter_name(adapter_name, RESERVED_NAMES) not in self.peft_config:

@@ -133,7 +133,7 @@ class TestFolder:
         message = error(lambda: read_config(name), CheckpointNotFoundError)
         assert message == (
             "There is no folder 'some-user/my_adapter.v2' here, and it looks like the id of a repository on the "
-            "Hugging Face Hub. Loading from the hub is not supported yet: download it first, for example with "
+            "Hugging Face Hub. Here only a folder will do: download it first, for example with "
             "`huggingface_hub.snapshot_download('some-user/my_adapter.v2')`, and pass the folder that this returns."
         )
 

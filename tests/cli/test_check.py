@@ -47,6 +47,34 @@ def test_method_that_passes(run):
     assert "and 0 failed; 0 were declared absent, and 0 failed as expected." in result.output
 
 
+def test_what_failed_stands_below_the_table(run):
+    method = Method(config=rotation.Config, adapter=Forgetful)
+    with registered(SimpleNamespace(Config=rotation.Config, method=method)):
+        result = run("toy-rotation")
+    _, heading, below = result.output.partition("What failed, the most basic first")
+    assert heading
+    below = below.partition("\n\n")[2]
+    assert below.startswith(
+        "(1) test_identity_at_start\n    The output with a new adapter and that of the base model differ by up to "
+    )
+    assert "    To mend: let one of the factors start at zero, a scale at one, a rotation at the identity.\n" in below
+    assert below.count("(1) ") == 1
+
+
+def test_same_message_is_told_once(run):
+    class Undeclared(rotation.RotationAdapter):
+        entries = ("misspelt",)
+
+    method = Method(config=rotation.Config, adapter=Undeclared)
+    with registered(SimpleNamespace(Config=rotation.Config, method=method)):
+        result = run("toy-rotation")
+    assert result.exit_code == 1
+    assert re.search(r"^\(1\) test_identity_at_start and \d+ others$", result.output, re.MULTILINE)
+    assert "(2)" not in result.output
+    assert result.output.count("The adapter class Undeclared of 'toy-rotation' holds tensors under") == 1
+    assert "To mend" not in result.output
+
+
 def test_method_that_fails_and_names_its_class(run, monkeypatch):
     module = SimpleNamespace(OnLinearLayers=OnLinearLayers)
     monkeypatch.setitem(sys.modules, "kit_case", module)
@@ -58,7 +86,8 @@ def test_method_that_fails_and_names_its_class(run, monkeypatch):
     assert "failed: 1" in lines["test_identity_at_start"]
     assert "absent: 1" in lines["test_pickle"]
     assert "for the test's sake" in lines["test_pickle"]
-    assert "XPASS(strict)" in lines["test_deepcopy"]
+    assert "see (3) below" in lines["test_deepcopy"]
+    assert "    [XPASS(strict)] for the test's sake too\n" in result.output
     assert "; 1 were declared absent, and 0 failed as expected." in result.output
     assert "= conformance =" in result.output
 

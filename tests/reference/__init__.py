@@ -124,7 +124,8 @@ def show(path, *names):
 
 def show_checks():
     """Print the name of each check of the conformance kit and its docstring, by the module that it stands in."""
-    for base in find("tunerkit.testing.conformance.MethodConformance").bases:
+    # As pytest runs them.
+    for base in reversed(find("tunerkit.testing.conformance.MethodConformance").bases):
         checks = find(base.canonical_path)
         print(f"### {checks.docstring.value.partition(chr(10))[0].rstrip('.')}\n")
         for name, check in checks.members.items():

@@ -18,7 +18,8 @@ from tunerkit.config import PeftConfig
 from tunerkit.copied_module import CopiedModule
 from tunerkit.functional import load_peft_weights
 from tunerkit.testing import MethodConformance
-from tunerkit.testing.bench import Bench, Snapshot, first_tensor
+from tunerkit.testing.bench import Bench, Snapshot
+from tunerkit.testing.comparing import first_tensor
 from tunerkit.testing.models import SAMPLES, Recomputed
 from tunerkit_lora import LoraConfig
 
@@ -199,6 +200,32 @@ class TestReport:
             rotation.RotationAdapter.merged = genuine
         result.assert_outcomes(failed=1)
         result.stdout.fnmatch_lines(["*To mend: let one of the factors start at zero*"])
+
+    def test_begins_with_the_most_basic_check(self, pytester):
+        spoilt = self.CASE.replace("rotation.Config()", "self.spoilt()") + (
+            "\n"
+            "            def spoilt(self):\n"
+            "                genuine = rotation.RotationAdapter.merged\n"
+            "                def forward(adapter, x, below):\n"
+            "                    return below.run(x, *genuine(adapter, below)) + 0.5\n"
+            "                rotation.RotationAdapter.forward = forward\n"
+            "                return rotation.Config()\n"
+        )
+        pytester.makepyfile(spoilt)
+        try:
+            result = pytester.runpytest_inprocess("-k", "keeps_the or agrees or unload", "-p", "no:cacheprovider")
+        finally:
+            del rotation.RotationAdapter.forward
+        result.assert_outcomes(failed=4, passed=1)
+        result.stdout.fnmatch_lines(
+            [
+                "TOY_ROTATION (TestRotation): 5 checks ran, *",
+                "  4 failed. Begin with test_forward_agrees_with_merged (what else was found may follow from it: *",
+                "    At 'wide' the output of `forward` and that of what `merged` returns differ by up to 0.5 (*",
+                "    1e-05); they agree in what the weight does: look at the bias that `merged` returns.",
+                "    To mend: compare both on paper; often a scale, a transpose or the bias is in one and not in the",
+            ]
+        )
 
 
 class TestModels:

@@ -25,7 +25,7 @@ from tunerkit.naming import listing
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 CONFIG_NAME = "adapter_config.json"
@@ -97,7 +97,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     folder = check_folder(folder)
     path = folder / CONFIG_NAME
     try:
-        if _any_pending(folder):
+        if _any_pending(folder) and path.is_symlink():
+            path = _pending_config(folder) or path  # a store of links, as the hub's cache is: nothing is moved there
+        elif _any_pending(folder):
             finish_save(folder)
     except OSError:
         # Somebody else's folder, or a read-only one: the config is complete all the same, just not under its name.
@@ -290,18 +292,30 @@ def _depth(value: Any) -> int:
 
 def _missing_file(folder: Path, name: str) -> str:
     entries = entries_of(folder)
+    inside = [entry for entry in entries if (folder / entry / CONFIG_NAME).is_file()]
+    return missing_file(f"'{folder}'", name, entries, inside)
+
+
+def missing_file(place: str, name: str, entries: Sequence[str], inside: Sequence[str]) -> str:
+    """Return the message for a checkpoint that lacks one of its files.
+
+    Args:
+        place: What was looked into: a folder in quotes, or a repository.
+        name: The file.
+        entries: The names there, sorted.
+        inside: Those of folders there that hold a checkpoint.
+    """
     pickles = [entry for entry in _PICKLE_NAMES if entry in entries]
     if name == WEIGHTS_NAME and pickles:
         return (
-            f"'{folder}' holds its tensors as '{pickles[0]}', a pickle, and loading a pickle can run any code, so "
+            f"{place} holds its tensors as '{pickles[0]}', a pickle, and loading a pickle can run any code, so "
             f"tunerkit reads '{WEIGHTS_NAME}' only. If you trust the file, convert it once: load the checkpoint with "
             "PEFT and write it again with PEFT's `save_pretrained`, which saves safetensors by default."
         )
-    inside = [entry for entry in entries if (folder / entry / CONFIG_NAME).is_file()]
     hint = f"Pass a folder that holds both '{CONFIG_NAME}' and '{WEIGHTS_NAME}'."
     if inside:
         hint = f"Checkpoints are in its folders {listing(inside)}: pass one of them."
     elif _OTHER_FILES & set(entries) and not {CONFIG_NAME, WEIGHTS_NAME} & set(entries):
         hint = f"This looks like a whole model or a trainer's checkpoint, not an adapter. {hint}"
     found = f"holds: {listing(entries)}" if entries else "is empty"
-    return f"There is no '{name}' in '{folder}', which {found}. {hint}"
+    return f"There is no '{name}' in {place}, which {found}. {hint}"

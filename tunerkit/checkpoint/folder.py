@@ -11,7 +11,19 @@ from pathlib import Path
 from tunerkit.errors import CheckpointError, CheckpointNotFoundError
 from tunerkit.naming import closest, listing
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+
+
+def is_id(name: object) -> bool:
+    """Return whether what was passed for a folder can only be the id of a repository, `user/name` or `name`.
+
+    An id is text: a path object is a folder's, and so is text that begins with a dot, a slash or a tilde, or goes into
+    a folder that is there.
+    """
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or os.path.lexists(name):
+        return False
+    namespace = name.rpartition("/")[0]
+    return not namespace or not os.path.lexists(namespace)
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
@@ -20,15 +32,16 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: The path is a file, or cannot be looked at.
         CheckpointNotFoundError: There is no such folder; what looks like an id of the Hugging Face Hub is named so.
+            Calls that take ids ask `tunerkit.checkpoint.hub.fetched` first.
     """
     path = as_path(folder)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        if _HUB_ID.fullmatch(os.fspath(folder)) and not path.parent.exists():
+        if is_id(os.fspath(folder)) and "/" in str(folder):
             msg = (
                 f"There is no folder {str(folder)!r} here, and it looks like the id of a repository on the Hugging "
-                "Face Hub. Loading from the hub is not supported yet: download it first, for example with "
+                "Face Hub. Here only a folder will do: download it first, for example with "
                 f"`huggingface_hub.snapshot_download({str(folder)!r})`, and pass the folder that this returns."
             )
             raise CheckpointNotFoundError(msg) from error

@@ -62,5 +62,5 @@ def _let_save(model: type, module: ModuleType) -> None:
             ),
             stacklevel=2,
         )
-    module.PeftModel = (*filter(None, [vars(module).get("PeftModel")]), model)  # type: ignore[attr-defined]
+    module.PeftModel = (vars(module).get("PeftModel", ()), model)  # type: ignore[attr-defined]
     module.is_peft_available = lambda: True  # type: ignore[attr-defined]

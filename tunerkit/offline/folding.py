@@ -78,7 +78,7 @@ def _derived(adapter: Adapter, site: Site, config: PeftConfig) -> Adapter:
         return adapter
     made = make_on_meta(lambda: type(adapter)(site, config))
     made.load_state_dict(adapter.state_dict(), assign=True)
-    if adapter.part is not None:
+    if "part" in adapter.__dict__:
         made.join(adapter.part)
     return made
 

@@ -136,7 +136,7 @@ def _decide(folder: ModelFolder, adapter: Path) -> tuple[Becoming, tuple[str, ..
     Returns:
         What they become, and the modules that the config means and of which the checkpoint holds nothing.
     """
-    saved = SavedAdapter(adapter, None, None, is_trainable=False, device=None, key_mapping=None)
+    saved = SavedAdapter(adapter, None, None, is_trainable=False, device=None, key_mapping=None, download={})
     if wanted_ranges(saved.config):
         msg = (
             f"The adapter in '{adapter}' repeats layers of the base model (layer_replication), so the merged model "

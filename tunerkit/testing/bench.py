@@ -13,6 +13,7 @@ from tunerkit.adapted_layer import AdaptedLayer
 from tunerkit.layer import tuner_layers
 from tunerkit.lean import attributes_of
 from tunerkit.plugins import get_method
+from tunerkit.testing.comparing import MOVED, check_close, difference, first_tensor, is_close, same_bits
 from tunerkit.testing.models import SAMPLES
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from tunerkit.model import PeftModel
     from tunerkit.plugins.method import Method
     from tunerkit.testing.conformance import MethodConformance
-
-MOVED = 1e-3
-"""By how much an output must move for a comparison to mean something: at its start an adapter changes nothing."""
 
 _CONTAINERS = ("_parameters", "_buffers")
 
@@ -141,8 +139,19 @@ class Bench:
 
     def same(self, one: Tensor, other: Tensor, tolerance: float | None = None) -> bool:
         """Return whether two outputs are equal but for rounding."""
-        limit = self.tolerance if tolerance is None else tolerance
-        return one.dtype == other.dtype and torch.allclose(one, other, rtol=limit, atol=limit)
+        return is_close(one, other, self.tolerance if tolerance is None else tolerance)
+
+    def check_same(self, one: Tensor, other: Tensor, what: str, tolerance: float | None = None) -> None:
+        """Check that two outputs are equal but for rounding.
+
+        Args:
+            one: One of them.
+            other: The other.
+            what: What both are, as the message begins: "The output after merging and that before".
+            tolerance: The greatest difference that counts as none, if not that of the class.
+        """
+        __tracebackhide__ = True
+        check_close(one, other, what, self.tolerance if tolerance is None else tolerance)
 
 
 @dataclass(frozen=True)
@@ -265,24 +274,6 @@ def loss_of(output: Tensor) -> Tensor:
 def cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return an input in another dtype; whole numbers stay as they are."""
     return value if dtype is None or not value.is_floating_point() else value.to(dtype)
-
-
-def difference(one: Tensor, other: Tensor) -> float:
-    """Return the greatest difference between two outputs."""
-    return float((one - other).abs().max())
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal in dtype, shape and every number; NaN equals itself."""
-    return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
-
-
-def first_tensor(outputs: Any) -> Tensor:
-    """Return what a model put out, or the first tensor of it."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    values = outputs.values() if hasattr(outputs, "values") else outputs
-    return first_tensor(next(iter(values)))
 
 
 def _first(tensors: dict[str, tuple[Tensor, Tensor, bool]]) -> dict[str, Tensor]:

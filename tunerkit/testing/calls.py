@@ -14,13 +14,16 @@ from tunerkit.errors import TunerkitError
 from tunerkit.hotswap import hotswap_adapter
 from tunerkit.layer import tuner_layers
 from tunerkit.targeting import match_target
-from tunerkit.testing.bench import adapted_layers, all_tensors, first_tensor, loss_of
+from tunerkit.testing.bench import adapted_layers, all_tensors, loss_of
+from tunerkit.testing.comparing import first_tensor
+from tunerkit.testing.misspelling import misspelt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
 
+    from tunerkit.adapter import Adapter, Part
     from tunerkit.config import PeftConfig
     from tunerkit.model import PeftModel
     from tunerkit.testing.bench import Bench
@@ -28,6 +31,21 @@ if TYPE_CHECKING:
 
 class CallChecks:
     """Checks of what a call leaves behind, of what is adapted, and of what an adapter tells of itself."""
+
+    def test_words_are_of_the_contract(self, bench: Bench) -> None:
+        """No name that the adapter's class or the `Part`'s defines is a misspelt word of the contract.
+
+        To mend: write the word as the contract has it, `forward` or `from_checkpoint`, for nothing else is called. A
+        helper of another meaning gets another name, or begins with `_`.
+        """
+        method = bench.method
+        kinds: tuple[type[Adapter | Part], ...] = (*method.adapters, *([method.part] if method.part else []))
+        found = [
+            f"{kind.__name__} defines `{name}`, which nothing calls: did you mean `{word}`?"
+            for kind in kinds
+            for name, word in misspelt(kind).items()
+        ]
+        assert found == [], " ".join(found)
 
     def test_targets_only_what_is_asked(self, bench: Bench) -> None:
         """No module is adapted that the config's targets do not match, as names, as suffixes or as a pattern.
@@ -103,9 +121,11 @@ class CallChecks:
             except TunerkitError:
                 assert what is not None, "A checkpoint of the same config cannot be swapped in."
                 continue
-            found = bench.run(model)
-            assert bench.same(found, expected), (
-                f"Swapped in where {what or 'nothing'} was another, it gives another output."
+            differing = f"where {what!r} was another" if what else "where the config was the same"
+            bench.check_same(
+                bench.run(model),
+                expected,
+                f"The output of a checkpoint swapped in {differing} and that of the saved model",
             )
 
 

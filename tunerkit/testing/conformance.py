@@ -35,18 +35,19 @@ if TYPE_CHECKING:
 
 
 class MethodConformance(
-    MathsChecks,
-    MergingChecks,
+    # pytest runs what the last of them defines first: the basic checks, on which the others stand.
+    WholeModuleChecks,
+    CallChecks,
+    GraphChecks,
+    PrecisionChecks,
+    StateChecks,
+    RowChecks,
+    RouteChecks,
     MixingChecks,
     LifecycleChecks,
     FileChecks,
-    RouteChecks,
-    RowChecks,
-    StateChecks,
-    PrecisionChecks,
-    GraphChecks,
-    CallChecks,
-    WholeModuleChecks,
+    MergingChecks,
+    MathsChecks,
 ):
     """Every check that the core relies on, for one method.
 

@@ -11,7 +11,8 @@ from tunerkit.adapter import Adapter
 from tunerkit.config import PeftConfig
 from tunerkit.functional import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from tunerkit.model import PeftModel
-from tunerkit.testing.bench import adapted_layers, adapter_tensors, all_tensors, loss_of, same_bits, trained
+from tunerkit.testing.bench import adapted_layers, adapter_tensors, all_tensors, loss_of, trained
+from tunerkit.testing.comparing import check_bits, same_bits
 
 if TYPE_CHECKING:
     from tunerkit.testing.bench import Bench
@@ -30,10 +31,11 @@ class FileChecks:
         model.save_pretrained(bench.folder)
         torch.manual_seed(5)  # what an adapter draws at random must not matter
         loaded = PeftModel.from_pretrained(bench.base(), bench.folder)
-        assert same_bits(bench.run(loaded), bench.run(model))
+        check_bits(bench.run(loaded), bench.run(model), "The output of the loaded model and that of the saved one")
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
         again = PeftModel.from_pretrained(bench.base(), bench.folder, is_trainable=True, low_cpu_mem_usage=True)
-        assert same_bits(bench.run(again), bench.run(model))
+        what = "The output of the model loaded with low_cpu_mem_usage=True and that of the saved one"
+        check_bits(bench.run(again), bench.run(model), what)
 
     def test_checkpoint_holds_the_declared_entries(self, bench: Bench) -> None:
         """A checkpoint's keys are the adapted layers' paths with the names in `entries`, and every tensor is there.
@@ -74,9 +76,9 @@ class FileChecks:
         other = bench.run(model)
         report = model.load_adapter(bench.folder / "one", "three")
         assert (report.missing_keys, report.unexpected_keys) == ([], [])
-        assert same_bits(bench.run(model), other)
+        check_bits(bench.run(model), other, "The output with another adapter loaded beside and that before")
         model.set_adapter("three")
-        assert same_bits(bench.run(model), bench.run(source))
+        check_bits(bench.run(model), bench.run(source), "The output of the loaded adapter and that of the saved one")
 
     def test_tensors_as_a_dict(self, bench: Bench) -> None:
         """`get_peft_model_state_dict` and `set_peft_model_state_dict` carry an adapter from one model to another.
@@ -91,7 +93,7 @@ class FileChecks:
         target = bench.start()
         report = set_peft_model_state_dict(target, tensors)
         assert (report.missing_keys, report.unexpected_keys) == ([], [])
-        assert same_bits(bench.run(target), bench.run(source))
+        check_bits(bench.run(target), bench.run(source), "The outputs before and after the tensors were carried over")
 
     def test_config_round_trip(self, bench: Bench) -> None:
         """A config comes back from its file, through plain JSON, as it was.
@@ -137,7 +139,11 @@ class FileChecks:
             left = [key for key, tensor in tensors.items() if tensor.is_meta]
             assert left == [], f"On the meta device after loading: {left}."
             loaded.set_adapter(name)
-            assert same_bits(bench.run(loaded), bench.run(model))
+            check_bits(
+                bench.run(loaded),
+                bench.run(model),
+                f"The output of {name!r}, loaded on meta, and that of the saved one",
+            )
 
     def test_hostile_names(self, bench: Bench) -> None:
         """Adapters called like the method's own entries, like a tensor, or like one another are saved and come back.
@@ -157,7 +163,11 @@ class FileChecks:
         for name in names:
             model.set_adapter(name)
             loaded.set_adapter(name)
-            assert same_bits(bench.run(loaded), bench.run(model)), f"The adapter {name!r} came back as another."
+            check_bits(
+                bench.run(loaded),
+                bench.run(model),
+                f"The output of the adapter {name!r} as it came back and as it was saved",
+            )
 
     def test_no_tensor_left_unsaved(self, bench: Bench) -> None:
         """After training, every tensor that the adapter holds in any way is the same in one loaded from a checkpoint.
@@ -174,7 +184,11 @@ class FileChecks:
         model.eval().save_pretrained(bench.folder)
         torch.manual_seed(5)
         loaded = PeftModel.from_pretrained(bench.base(), bench.folder)
-        assert same_bits(bench.run(loaded), bench.run(model))
+        check_bits(
+            bench.run(loaded),
+            bench.run(model),
+            "The output of the model loaded after training and that of the saved one",
+        )
         before, after = all_tensors(model, "default"), all_tensors(loaded, "default")
         lost = [key for key, tensor in before.items() if key not in after or not same_bits(tensor, after[key])]
         assert lost == [], f"Neither in the checkpoint nor derived from the config and the base model: {lost}."

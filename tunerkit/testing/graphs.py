@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunerkit.testing.bench import first_tensor
+from tunerkit.testing.comparing import first_tensor
 
 if TYPE_CHECKING:
     from tunerkit.testing.bench import Bench
@@ -37,7 +37,8 @@ class GraphChecks:
             with torch.no_grad():
                 outputs = [first_tensor(compiled(*bench.inputs)) for _ in range(2)]
         torch.compiler.reset()
-        assert all(bench.same(output, expected) for output in outputs)
+        for output in outputs:
+            bench.check_same(output, expected, "The output of the compiled model and that of the model")
         assert len(graphs) == 1, f"torch made {len(graphs)} graphs."
 
     def test_exports(self, bench: Bench) -> None:
@@ -51,4 +52,4 @@ class GraphChecks:
             warnings.simplefilter("ignore")
             program = torch.export.export(model, bench.inputs, strict=False)
             output = first_tensor(program.module()(*bench.inputs))
-        assert bench.same(output, expected)
+        bench.check_same(output, expected, "The output of the exported program and that of the model")

@@ -15,9 +15,11 @@ import pytest
 from tunerkit.errors import PluginError
 from tunerkit.plugins import get_method
 from tunerkit.testing.conformance import MethodConformance
+from tunerkit.testing.failures import Failure, check_of, findings
 from tunerkit.testing.summary import outcome_of, reason_of
 
 if TYPE_CHECKING:
+    from tunerkit.testing.failures import Finding
     from tunerkit.testing.summary import Outcome
 
 _MODULE = "from tunerkit.testing.installed import case_of\n\nTestMethod = case_of({method!r})\n"
@@ -29,7 +31,7 @@ class Result:
 
     Attributes:
         outcomes: For each outcome, how often, over the kinds of sites and the variants of the check.
-        reasons: Why it failed or was left out, each reason once.
+        reasons: Why it was left out or expected to fail, each reason once.
     """
 
     outcomes: dict[Outcome, int] = field(default_factory=dict)
@@ -72,14 +74,14 @@ def _named(method: str, where: str) -> type[MethodConformance]:
     raise PluginError(msg)
 
 
-def check(name: str) -> tuple[dict[str, Result], str]:
+def check(name: str) -> tuple[dict[str, Result], list[Finding], str]:
     """Run the kit on an installed method.
 
     Args:
         name: The method's name.
 
     Returns:
-        How each check went, by name, and what pytest printed.
+        How each check went, by name; what those that failed have found, the most basic first; and what pytest printed.
     """
     case_of(name)  # so that it is refused here, and not where pytest collects it
     recorder, printed = _Recorder(), io.StringIO()
@@ -90,7 +92,7 @@ def check(name: str) -> tuple[dict[str, Result], str]:
         empty = Path(folder) / "pytest.ini"
         empty.write_text("[pytest]\n", encoding="utf-8")  # so that the settings of where one stands do not count
         pytest.main([str(file), "-c", str(empty), "-p", "no:cacheprovider", "--tb=short", "-q"], plugins=[recorder])
-    return recorder.results, printed.getvalue()
+    return recorder.results, findings(recorder.failures), printed.getvalue()
 
 
 class _Recorder:
@@ -98,9 +100,11 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.results: dict[str, Result] = {}
+        self.failures: list[Failure] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         outcome = outcome_of(report)
         if outcome is not None:
-            name = report.location[2].partition("[")[0].rpartition(".")[2]
-            self.results.setdefault(name, Result()).add(outcome, reason_of(report))
+            self.results.setdefault(check_of(report), Result()).add(outcome, reason_of(report))
+        if outcome == "failed":
+            self.failures.append(Failure.of(report))

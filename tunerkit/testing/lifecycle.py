@@ -9,16 +9,14 @@ import pytest
 import torch
 
 from tunerkit.testing.bench import (
-    MOVED,
     Snapshot,
     adapted_layers,
     adapter_tensors,
-    difference,
     loss_of,
     move,
-    same_bits,
     trained,
 )
+from tunerkit.testing.comparing import check_bits, check_moved, same_bits
 from tunerkit.tuner import BaseTuner
 
 if TYPE_CHECKING:
@@ -66,13 +64,13 @@ class LifecycleChecks:
         model = bench.adapted("one", "two", base=base)
         before, output = Snapshot.of(model), bench.run(model)
         with model.disable_adapter():
-            assert same_bits(bench.run(model), plain)
+            check_bits(bench.run(model), plain, "The output with the adapter switched off and that of the base model")
             assert not any(parameter.requires_grad for parameter in model.parameters())
         assert [line for line in before.differences(model) if line.startswith("tensor")] == []
-        assert same_bits(bench.run(model), output)
+        check_bits(bench.run(model), output, "The output with the adapter switched on again and that before")
         with pytest.raises(RuntimeError, match="on purpose"), model.disable_adapter():
             raise RuntimeError("on purpose")  # noqa: EM101, TRY003
-        assert same_bits(bench.run(model), output)
+        check_bits(bench.run(model), output, "The output after an error with the adapter switched off and that before")
 
     def test_delete_restores_the_original(self, bench: Bench) -> None:
         """When the last adapter is deleted, the base model is made of the very objects it was made of.
@@ -85,7 +83,7 @@ class LifecycleChecks:
         output = bench.run(model)
         model.delete_adapter("two")
         assert list(model.peft_config) == ["one"]
-        assert same_bits(bench.run(model), output)
+        check_bits(bench.run(model), output, "The output of one adapter before and after the other was deleted")
         model.delete_adapter("one")
         assert [line for line in before.differences(base) if "requires_grad" not in line] == []
 
@@ -100,7 +98,7 @@ class LifecycleChecks:
         model = bench.adapted("one", "two", base=base)
         assert model.unload() is base
         assert before.differences(base) == []
-        assert same_bits(bench.run(base), plain)
+        check_bits(bench.run(base), plain, "The output after `unload` and that of the base model")
 
     def test_two_adapters_are_independent(self, bench: Bench) -> None:
         """Two adapters share no memory, and changing, switching or deleting one leaves the other's output as it is.
@@ -118,14 +116,14 @@ class LifecycleChecks:
         one = bench.run(model)
         model.set_adapter("two")
         two = bench.run(model)
-        assert difference(one, two) > MOVED
+        check_moved(one, two, "The outputs of two adapters")
         move(model, "two", seed=7)
-        assert difference(bench.run(model), two) > MOVED
+        check_moved(bench.run(model), two, "The outputs before and after the adapter's tensors were moved")
         assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained(model, "two").values()}
         model.set_adapter("one")
-        assert same_bits(bench.run(model), one)
+        check_bits(bench.run(model), one, "The output of one adapter before and after the other was moved")
         model.delete_adapter("two")
-        assert same_bits(bench.run(model), one)
+        check_bits(bench.run(model), one, "The output of one adapter before and after the other was deleted")
 
     def test_two_adapters_are_active_together(self, bench: Bench) -> None:
         """Two active adapters stand on one another: neither alone gives what both give, and both train.
@@ -140,7 +138,8 @@ class LifecycleChecks:
             alone.append(bench.run(model))
         model.set_adapter(["one", "two"])
         both = bench.run(model)
-        assert all(difference(both, output) > MOVED for output in alone)
+        for output in alone:
+            check_moved(both, output, "The output of two active adapters and that of one of them")
         every = {**trained(model, "one"), **trained(model, "two")}
         trains = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         assert {id(tensor) for tensor in every.values()} <= trains
@@ -148,7 +147,7 @@ class LifecycleChecks:
         for name in ("one", "two"):
             assert all(float(gradient.abs().max()) > 0 for gradient in bench.gradients(model, name).values())
         model.set_adapter("one")
-        assert same_bits(bench.run(model), alone[0])
+        check_bits(bench.run(model), alone[0], "The output of one adapter before and after both were active")
 
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
     @pytest.mark.parametrize("beside", [False, True], ids=["first", "beside another"])
@@ -194,7 +193,7 @@ class LifecycleChecks:
                 with pytest.raises(error, match="on purpose"):
                     fail()
             assert before.differences(whole) == []
-            assert same_bits(bench.run(whole), output)
+            check_bits(bench.run(whole), output, "The output after an adapter could not be put in and that before")
             if model is not None:
                 assert list(model.peft_config) == ["one"]
                 assert all(list(layer.adapters) == ["one"] for layer in adapted_layers(model))

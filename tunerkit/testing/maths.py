@@ -13,18 +13,16 @@ from torch import Tensor, nn
 from tunerkit.layer import tuner_layers
 from tunerkit.sites import Bound
 from tunerkit.testing.bench import (
-    MOVED,
     adapted_layers,
     adapter_tensors,
     all_tensors,
     cast,
-    difference,
-    first_tensor,
     loss_of,
     move,
-    same_bits,
     trained,
 )
+from tunerkit.testing.comparing import check_bits, check_close, check_moved, first_tensor, same_bits
+from tunerkit.testing.disagreement import where_they_disagree
 
 if TYPE_CHECKING:
     from tunerkit.adapted_layer import AdaptedLayer
@@ -43,9 +41,10 @@ class MathsChecks:
         """
         model = bench.start()
         plain = bench.run(bench.base())
-        assert bench.same(bench.run(model), plain)
+        bench.check_same(bench.run(model), plain, "The output with a new adapter and that of the base model")
         move(model, "default")
-        assert difference(bench.run(model), plain) > MOVED
+        what = "The output with all tensors of the adapter moved at random and that of the base model"
+        check_moved(bench.run(model), plain, what)
 
     def test_forward_agrees_with_merged(self, bench: Bench) -> None:
         """The adapter's own `forward` gives what the layer gives with the parameters of `merged`, and changes no input.
@@ -62,12 +61,17 @@ class MathsChecks:
             with torch.no_grad():
                 own = adapter.forward(x, below)
                 weight, bias = adapter.merged(below)
-                assert first_tensor(own).shape == first_tensor(below(x)).shape
-                assert weight.shape == below.weight.shape
-                again = adapter.merged(below)  # for it must change nothing
-                for parameters in ((weight, bias), again):
-                    assert bench.same(first_tensor(own), first_tensor(below.run(x, *parameters)))
-            assert same_bits(x, before), "forward or merged changed its input in place."
+                where, output, shape = f"At {layer.site.name!r}", first_tensor(own), tuple(first_tensor(below(x)).shape)
+                assert tuple(output.shape) == shape, f"{where} `forward` gives {tuple(output.shape)}, and not {shape}."
+                shape = tuple(below.weight.shape)
+                assert tuple(weight.shape) == shape, f"{where} `merged` gives {tuple(weight.shape)}, and not {shape}."
+                merged = first_tensor(below.run(x, weight, bias))
+                hint = "" if bench.same(output, merged) else where_they_disagree(adapter, x, below, bench.tolerance)
+                what = f"{where} the output of `forward` and that of what `merged` returns"
+                check_close(output, merged, what, bench.tolerance, hint)
+                again = first_tensor(below.run(x, *adapter.merged(below)))
+                bench.check_same(merged, again, f"{where} the outputs of what `merged` returns and returns again")
+            check_bits(x, before, f"{where} the inputs before and after `forward` and `merged`")
 
     def test_gradients(self, bench: Bench) -> None:
         """Every tensor that trains gets a gradient, and it is the slope that the output really has; the inputs' too.
@@ -115,7 +119,8 @@ class MathsChecks:
             bench.run(model)
             loss_of(bench.call(model)).backward()  # type: ignore[no-untyped-call]
         assert changed == [], f"The inputs of these layers were changed: {changed}."
-        assert all(same_bits(old, value) for old, value in zip(before, bench.inputs, strict=True))
+        for old, value in zip(before, bench.inputs, strict=True):
+            check_bits(old, value, "The model's input before and after its calls")
 
     def test_seed_is_honoured(self, bench: Bench) -> None:
         """What an adapter draws at random is decided by `torch.manual_seed`, and by nothing else.

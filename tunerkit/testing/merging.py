@@ -10,7 +10,8 @@ import pytest
 
 from tunerkit.errors import MergeError
 from tunerkit.layer import tuner_layers
-from tunerkit.testing.bench import MOVED, Snapshot, adapted_layers, difference, same_bits
+from tunerkit.testing.bench import Snapshot, adapted_layers
+from tunerkit.testing.comparing import check_bits, check_moved
 
 if TYPE_CHECKING:
     from tunerkit.testing.bench import Bench
@@ -30,10 +31,16 @@ class MergingChecks:
         before, plain = bench.run(model), bench.run(bench.base())
         model.merge_adapter(safe_merge=safe)
         assert all(layer.merged for layer in model.base_model.layers())
-        assert bench.same(bench.run(model), before)
+        bench.check_same(bench.run(model), before, "The output after merging and that before")
         with model.disable_adapter():
-            assert same_bits(bench.run(model), plain)
-        assert bench.same(bench.run(model), before)
+            check_bits(
+                bench.run(model),
+                plain,
+                "The output of a merged model with the adapter switched off and that of the base model",
+            )
+        bench.check_same(
+            bench.run(model), before, "The output of a merged model with the adapter switched on again and that before"
+        )
 
     def test_unmerge_is_exact(self, bench: Bench) -> None:
         """Unmerging gives back the base model's parameters, the same objects with the same bits.
@@ -49,7 +56,7 @@ class MergingChecks:
             assert before.differences(model), "merge_adapter left all parameters as they were."
             model.unmerge_adapter()
             assert before.differences(model) == []
-            assert same_bits(bench.run(model), output)
+            check_bits(bench.run(model), output, "The output after unmerging and that before merging")
 
     def test_merge_and_unload(self, bench: Bench) -> None:
         """`merge_and_unload` gives a plain model that computes the same and trains like the one before.
@@ -67,7 +74,7 @@ class MergingChecks:
         assert {name: type(module) for name, module in plain.named_modules()} == shape
         assert list(tuner_layers(plain)) == []
         assert flags.items() <= {name: parameter.requires_grad for name, parameter in plain.named_parameters()}.items()
-        assert bench.same(bench.run(plain), before)
+        bench.check_same(bench.run(plain), before, "The output after `merge_and_unload` and that before")
 
     def test_two_adapters_merge(self, bench: Bench) -> None:
         """Two active adapters, in either order, compute the same merged and unmerged, and both take part.
@@ -85,11 +92,12 @@ class MergingChecks:
         for names in itertools.permutations(alone):
             model.set_adapter(list(names))
             together = bench.run(model)
-            assert all(difference(together, output) > MOVED for output in alone.values())
+            for output in alone.values():
+                check_moved(together, output, f"The output of {names} together and that of one of them")
             model.merge_adapter()
-            assert bench.same(bench.run(model), together)
+            bench.check_same(bench.run(model), together, f"The output after merging {names} and that before")
             model.unmerge_adapter()
-            assert same_bits(bench.run(model), together)
+            check_bits(bench.run(model), together, f"The output after unmerging {names} and that before merging")
 
     @pytest.mark.parametrize("first", [0, 1], ids=["lower first", "upper first"])
     def test_two_adapters_merge_one_by_one(self, bench: Bench, first: int) -> None:
@@ -109,11 +117,11 @@ class MergingChecks:
         with pytest.raises(MergeError, match="does not commute") if refused else contextlib.nullcontext():
             model.merge_adapter([names[first]])
         assert any(layer.merged for layer in model.base_model.layers()) != refused
-        assert bench.same(bench.run(model), together)
+        bench.check_same(bench.run(model), together, "The output with one of two adapters merged and that before")
         model.merge_adapter([name for name in names if refused or name != names[first]])
-        assert bench.same(bench.run(model), together)
+        bench.check_same(bench.run(model), together, "The output with two adapters merged one by one and that before")
         model.unmerge_adapter()
-        assert same_bits(bench.run(model), together)
+        check_bits(bench.run(model), together, "The output after unmerging and that before merging")
 
     def test_merging_without_a_merged_form_is_refused(self, bench: Bench) -> None:
         """An adapter that says it has no merged form is not merged, the reason is told, and nothing is changed.

@@ -6,7 +6,8 @@ import itertools
 from typing import TYPE_CHECKING
 
 from tunerkit.model import PeftModel
-from tunerkit.testing.bench import MOVED, adapted_layers, difference, move, same_bits
+from tunerkit.testing.bench import adapted_layers, move
+from tunerkit.testing.comparing import check_bits, check_moved
 from tunerkit.testing.neighbour import config_beside, neighbour
 
 if TYPE_CHECKING:
@@ -27,24 +28,33 @@ class MixingChecks:
             own = bench.run(model)
             model.add_adapter("gain", config_beside(model))
             move(model, "gain", seed=3)
-            assert same_bits(bench.run(model), own)
+            check_bits(
+                bench.run(model), own, "The output with the other method's adapter added, inactive, and that before"
+            )
             model.set_adapter("gain")
             alone = {"own": own, "gain": bench.run(model)}
             model.save_pretrained(bench.folder)
             for name, output in alone.items():
                 loaded = PeftModel.from_pretrained(bench.base(), bench.folder / name, name)
-                assert same_bits(bench.run(loaded), output)
+                check_bits(
+                    bench.run(loaded),
+                    output,
+                    f"The output of the adapter {name!r}, loaded alone, and that of the saved one",
+                )
             bench.need_company(model, list(alone))
             foldable = all(a.unfoldable is None for layer in adapted_layers(model) for a in layer.adapters.values())
             for names in itertools.permutations(alone):
                 model.set_adapter(list(names))
                 together = bench.run(model)
-                assert all(difference(together, output) > MOVED for output in alone.values())
+                for output in alone.values():
+                    check_moved(together, output, f"The output of {names} together and that of one of them")
                 if foldable:
                     model.merge_adapter()
-                    assert bench.same(bench.run(model), together)
+                    bench.check_same(bench.run(model), together, f"The output after merging {names} and that before")
                     model.unmerge_adapter()
-                    assert same_bits(bench.run(model), together)
+                    check_bits(
+                        bench.run(model), together, f"The output after unmerging {names} and that before merging"
+                    )
             model.set_adapter("own")
             model.delete_adapter("gain")
-            assert same_bits(bench.run(model), own)
+            check_bits(bench.run(model), own, "The output after the other method's adapter was deleted and that before")

@@ -12,10 +12,9 @@ from tunerkit.testing.bench import (
     adapter_tensors,
     all_tensors,
     copy_tensors,
-    difference,
     loss_of,
-    same_bits,
 )
+from tunerkit.testing.comparing import check_bits, check_near
 
 if TYPE_CHECKING:
     from tunerkit.testing.bench import Bench
@@ -41,7 +40,8 @@ class PrecisionChecks:
         output = bench.run(half, dtype)
         assert output.dtype == dtype
         assert torch.isfinite(output).all()
-        assert difference(output.float(), expected) < HALF * float(expected.abs().max())
+        limit = HALF * float(expected.abs().max())
+        check_near(output.float(), expected, f"The output in {dtype} and that in single precision", limit)
 
     def test_autocast(self, bench: Bench) -> None:
         """Under `torch.autocast` the output is near that without, of the base's dtype, and gradients are single.
@@ -56,7 +56,7 @@ class PrecisionChecks:
             output = bench.call(model)
         assert output.dtype == plain.dtype
         limit = HALF * float(expected.abs().max())
-        assert difference(output.detach().float(), expected) < limit
+        check_near(output.detach().float(), expected, "The output under autocast and that without", limit)
         loss_of(output.float()).backward()  # type: ignore[no-untyped-call]
         for name, gradient in bench.gradients(model).items():
             assert gradient.dtype == torch.float32, f"The gradient of {name} is {gradient.dtype}."
@@ -76,4 +76,4 @@ class PrecisionChecks:
             tensors = {**adapter_tensors(model, "default"), **all_tensors(model, "default")}
             left = [key for key, t in tensors.items() if t.is_floating_point() and t.dtype != dtype]
             assert left == [], f"Not moved to {dtype}: {left}."
-        assert same_bits(bench.run(model), before)
+        check_bits(bench.run(model), before, "The outputs before and after the model was moved to float64 and back")

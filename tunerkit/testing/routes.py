@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tunerkit.testing.bench import MOVED, Snapshot, difference, loss_of, same_bits
+from tunerkit.testing.bench import Snapshot, loss_of
+from tunerkit.testing.comparing import check_bits, check_moved, same_bits
 from tunerkit.testing.models import Recomputed
 
 if TYPE_CHECKING:
@@ -35,18 +36,20 @@ class RouteChecks:
         model.set_adapter("one")
         before = Snapshot.of(model)
         with model.use_adapter("two"):
-            assert same_bits(bench.run(model), two)
+            check_bits(bench.run(model), two, "The output within use_adapter('two') and that of 'two'")
             with model.use_adapter(["one"]):
-                assert same_bits(bench.run(model), one)
+                check_bits(bench.run(model), one, "The output within a nested use_adapter(['one']) and that of 'one'")
                 with model.use_adapter([]):
-                    assert same_bits(bench.run(model), plain)
-            assert same_bits(bench.run(model), two)
+                    check_bits(bench.run(model), plain, "The output within use_adapter([]) and that of the base model")
+            check_bits(
+                bench.run(model), two, "The output within use_adapter('two'), after a nested one, and that of 'two'"
+            )
         # With gradients there is a hook on the base model while the block lasts, holding the route for the backward.
         with torch.no_grad(), model.use_adapter("two"):
             assert before.differences(model) == []
         with pytest.raises(RuntimeError, match="on purpose"), model.use_adapter("two"):
             raise RuntimeError("on purpose")  # noqa: EM101, TRY003
-        assert same_bits(bench.run(model), one)
+        check_bits(bench.run(model), one, "The output after use_adapter and that before")
 
     def test_use_adapter_is_of_this_thread(self, bench: Bench) -> None:
         """Another thread that calls the model meanwhile gets the active adapter.
@@ -61,10 +64,10 @@ class RouteChecks:
             thread = threading.Thread(target=lambda: outputs.append(bench.run(model)))
             thread.start()
             thread.join()
-            assert same_bits(bench.run(model), two)
-        assert difference(one, two) > MOVED
+            check_bits(bench.run(model), two, "The output within use_adapter before and after a call of another thread")
+        check_moved(one, two, "The outputs of two adapters")
         assert len(outputs) == 1
-        assert same_bits(outputs[0], one)
+        check_bits(outputs[0], one, "The output of another thread and that of the active adapter")
 
     def test_threads(self, bench: Bench) -> None:
         """Two threads that call the model at once, each with its own adapter by `use_adapter`, each get its output.
@@ -87,7 +90,7 @@ class RouteChecks:
             found = dict(zip(expected, threads.map(serve, expected), strict=True))
         wrong = [name for name, outputs in found.items() if not all(same_bits(o, expected[name]) for o in outputs)]
         assert wrong == [], f"Beside another thread these adapters gave another output: {wrong}."
-        assert same_bits(bench.run(model), expected["one"])
+        check_bits(bench.run(model), expected["one"], "The output after other threads called the model and that before")
 
     @_REENTRANT
     def test_checkpointing(self, bench: Bench, reentrant: bool) -> None:
@@ -129,6 +132,6 @@ class RouteChecks:
 
 def _assert_same(bench: Bench, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
-    wrong = [name for name in expected if not bench.same(found[name], expected[name])]
-    assert wrong == [], f"Gradients differ from those without recomputation: {wrong}."
+    for name, gradient in expected.items():
+        bench.check_same(found[name], gradient, f"The gradients of {name} with recomputation and without")
     assert all(torch.isfinite(gradient).all() for gradient in found.values())

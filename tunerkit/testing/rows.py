@@ -10,7 +10,8 @@ import torch
 
 from tunerkit.errors import RouteError
 from tunerkit.rows import BASE
-from tunerkit.testing.bench import MOVED, Snapshot, adapted_layers, difference, loss_of
+from tunerkit.testing.bench import Snapshot, adapted_layers, loss_of
+from tunerkit.testing.comparing import check_moved
 from tunerkit.testing.models import Recomputed
 
 if TYPE_CHECKING:
@@ -41,13 +42,14 @@ class RowChecks:
         with torch.no_grad(), model.use_rows(rows):
             found = bench.call(model)
             assert before.differences(model) == []
-        assert bench.same(found, expected)
-        assert difference(expected, bench.run(model)) > MOVED
+        bench.check_same(found, expected, "The output of a batch with rows and that of a batch of each adapter alone")
+        check_moved(expected, bench.run(model), "The output of a batch with rows and that of the active adapter")
         for name in ("one", "two"):
             with torch.no_grad(), model.use_rows([name] * len(rows)):
                 found = bench.call(model)
             with model.use_adapter(name):
-                assert bench.same(found, bench.run(model))
+                what = f"The output of a batch whose rows all have {name!r} and that of {name!r}"
+                bench.check_same(found, bench.run(model), what)
 
     @pytest.mark.parametrize("recompute", [None, False, True], ids=["plain", "not re-entrant", "re-entrant"])
     def test_gradients_of_rows(self, bench: Bench, recompute: bool | None) -> None:
@@ -65,8 +67,9 @@ class RowChecks:
             model = bench.adapted("one", "two", "three", base=Recomputed(base, use_reentrant=recompute)).train()
         found = _gradients(bench, model, rows, whole=True)
         assert found.keys() == expected.keys()
-        wrong = [name for name in expected if not bench.same(found[name], expected[name])]
-        assert wrong == [], f"Gradients differ from those of one adapter at a time: {wrong}."
+        for name, gradient in expected.items():
+            what = f"The gradient of {name} in a batch with rows and that of one adapter at a time"
+            bench.check_same(found[name], gradient, what)
 
 
 def _gradients(bench: Bench, model: PeftModel, rows: list[str], *, whole: bool) -> dict[str, Tensor]:

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunerkit.testing.bench import (
-    MOVED,
     adapted_layers,
     adapter_tensors,
     copy_tensors,
-    difference,
     loss_of,
     move,
-    same_bits,
 )
+from tunerkit.testing.comparing import check_bits, check_moved, check_near
 from tunerkit.testing.precision import HALF
 
 if TYPE_CHECKING:
@@ -55,7 +53,7 @@ class StateChecks:
         addresses = {tensor.data_ptr() for tensor in state.values() if tensor.numel()}
         assert all(tensor.data_ptr() in addresses for tensor in adapter_tensors(model, "default").values())
         other.load_state_dict(state)
-        assert same_bits(bench.run(other), bench.run(model))
+        check_bits(bench.run(other), bench.run(model), "The output after load_state_dict and that of the saved model")
 
     def test_double_precision(self, bench: Bench) -> None:
         """`model.to(torch.float64)` takes the adapter along, and it computes in that precision.
@@ -69,10 +67,11 @@ class StateChecks:
         assert [key for key, t in tensors.items() if t.is_floating_point() and t.dtype != torch.float64] == []
         double = bench.run(model, torch.float64)
         assert double.dtype == torch.float64
-        assert bench.same(double.float(), single)
+        bench.check_same(double.float(), single, "The output in double precision and that in single")
         if _foldable(model):
             model.merge_adapter()
-            assert bench.same(bench.run(model, torch.float64), double, 1e-9)
+            what = "In double precision, the output after merging and that before"
+            bench.check_same(bench.run(model, torch.float64), double, what, 1e-9)
 
     def test_half_precision_base(self, bench: Bench) -> None:
         """On a base model in bfloat16 the adapter is in single precision, the output in bfloat16, and training works.
@@ -89,14 +88,16 @@ class StateChecks:
         output = bench.call(half, torch.bfloat16)
         assert output.dtype == torch.bfloat16
         limit = HALF * float(expected.abs().max())
-        assert difference(output.detach().float(), expected) < limit
+        what = "The output on a base model in bfloat16 and that in single precision"
+        check_near(output.detach().float(), expected, what, limit)
         loss_of(output).backward()  # type: ignore[no-untyped-call]
         assert all(gradient.dtype == torch.float32 for gradient in bench.gradients(half).values())
         if _foldable(half):
             half.merge_adapter()
             merged = bench.run(half, torch.bfloat16)
             assert merged.dtype == torch.bfloat16
-            assert difference(merged.float(), expected) < limit
+            what = "The output merged into a base model in bfloat16 and that in single precision"
+            check_near(merged.float(), expected, what, limit)
 
     @staticmethod
     def _check_copy(bench: Bench, model: PeftModel, other: PeftModel) -> None:
@@ -105,12 +106,14 @@ class StateChecks:
             model.set_adapter(name)
             other.set_adapter(name)
             outputs[name] = bench.run(model)
-            assert same_bits(bench.run(other), outputs[name])
+            check_bits(bench.run(other), outputs[name], f"The output of {name!r} in the copy and that in the original")
         own = {tensor.data_ptr() for tensor in model.parameters()}
         assert own.isdisjoint(tensor.data_ptr() for tensor in other.parameters())
         move(other, "one")
-        assert difference(bench.run(other), outputs["one"]) > MOVED
-        assert same_bits(bench.run(model), outputs["one"])
+        what = "The output of the copy, its tensors moved, and that of the original"
+        check_moved(bench.run(other), outputs["one"], what)
+        what = "The output of the original before and after the tensors of its copy were moved"
+        check_bits(bench.run(model), outputs["one"], what)
 
 
 def _foldable(model: PeftModel) -> bool:

@@ -1,4 +1,4 @@
-"""What the kit prints at the end of a pytest run: how many checks ran for each method, and what was left out.
+"""What the kit prints at the end of a pytest run: how many checks ran, what was left out, and what to mend first.
 
 It prints by itself, but for a run by pytest-xdist: there other processes collect the checks. For those, name it in the
 `conftest.py` at the root: `pytest_plugins = ["tunerkit.testing.summary"]`.
@@ -11,6 +11,8 @@ from typing import Literal, NoReturn
 
 import pytest
 
+from tunerkit.testing.failures import Failure, findings
+
 Outcome = Literal["passed", "failed", "absent", "expected to fail", "does not apply"]
 
 _NAME = "tunerkit-conformance"
@@ -22,6 +24,7 @@ class Summary:
 
     def __init__(self) -> None:
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.failures: defaultdict[str, list[Failure]] = defaultdict(list)
 
     @classmethod
     def register(cls, config: pytest.Config) -> None:
@@ -34,9 +37,11 @@ class Summary:
         case, outcome = dict(report.user_properties).get(_CASE), outcome_of(report)
         if case is not None and outcome is not None:
             self.counts[str(case)][outcome] += 1
+            if outcome == "failed":
+                self.failures[str(case)].append(Failure.of(report))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Print a line for each class of checks."""
+        """Print a line for each class of checks, and below it with what to begin where some failed."""
         if self.counts:
             terminalreporter.section("conformance")
         for case, count in sorted(self.counts.items()):
@@ -44,6 +49,12 @@ class Summary:
                 f"{case}: {count['passed'] + count['failed']} checks ran, {count['absent']} were declared absent, "
                 f"{count['expected to fail']} failed as expected, {count['does not apply']} did not apply"
             )
+            found = findings(self.failures[case])
+            if found:
+                more = f" (what else was found may follow from it: {len(found) - 1} more)" if len(found) > 1 else ""
+                terminalreporter.write_line(f"  {count['failed']} failed. Begin with {found[0].title}{more}:")
+            for line in found[0].lines() if found else ():
+                terminalreporter.write_line(f"    {line}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,10 +85,10 @@ def outcome_of(report: pytest.TestReport) -> Outcome | None:
 
 
 def reason_of(report: pytest.TestReport) -> str:
-    """Return why a check of the kit's went as it did; nothing if it passed."""
+    """Return why a check of the kit's was left out or expected to fail; nothing if it passed or failed."""
     if hasattr(report, "wasxfail"):
         return str(report.wasxfail)
-    # What pytest shows of a skip is a place and the reason, and of a failure a text that ends with the error.
+    # What pytest shows of a skip is a place and the reason.
     if isinstance(report.longrepr, tuple):
         return str(dict(report.user_properties).get(_ABSENT, report.longrepr[2].removeprefix("Skipped: ")))
-    return report.longreprtext.strip().rpartition("\n")[2]
+    return ""

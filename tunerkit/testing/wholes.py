@@ -13,7 +13,8 @@ from tunerkit.functional import load_peft_weights
 from tunerkit.layer import tuner_layers
 from tunerkit.model import PeftModel
 from tunerkit.rows import BASE
-from tunerkit.testing.bench import MOVED, Bench, Snapshot, adapted_layers, difference, same_bits
+from tunerkit.testing.bench import Bench, Snapshot, adapted_layers
+from tunerkit.testing.comparing import MOVED, check_bits, check_moved, difference, same_bits
 from tunerkit.testing.rows import is_refused, of_each, rows_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class WholeModuleChecks:
         output = whole.run(model)
         _check_that_the_copy_counts(whole, model, output)
         with model.disable_adapter():
-            assert same_bits(whole.run(model), plain)
+            check_bits(whole.run(model), plain, "The output with the adapter switched off and that of the base model")
         _check_files(whole, model, output)
         if "test_rows" not in bench.case.absent:
             _check_rows(whole, model)
@@ -49,12 +50,12 @@ class WholeModuleChecks:
             _check_merging(whole, model, output)
         model.set_adapter("two")
         other = whole.run(model)
-        assert difference(other, output) > MOVED
+        check_moved(other, output, "The outputs of two adapters with copies of their own")
         model.delete_adapter("one")
-        assert same_bits(whole.run(model), other)
+        check_bits(whole.run(model), other, "The output of one adapter before and after the other was deleted")
         model.delete_adapter("two")
         assert [line for line in before.differences(base) if "requires_grad" not in line] == []
-        assert same_bits(whole.run(base), plain)
+        check_bits(whole.run(base), plain, "The output after all adapters were deleted and that of the base model")
 
 
 class _WholeBench(Bench):
@@ -113,7 +114,7 @@ def _check_that_the_copy_counts(bench: _WholeBench, model: PeftModel, output: Te
             for tensor, value in zip(copies, values, strict=True):
                 tensor.copy_(value)
         assert changed > MOVED if counts else changed == 0
-    assert same_bits(bench.run(model), output)
+    check_bits(bench.run(model), output, "The outputs before and after the copies were set to zero and back")
 
 
 def _check_files(bench: _WholeBench, model: PeftModel, output: Tensor) -> None:
@@ -122,12 +123,12 @@ def _check_files(bench: _WholeBench, model: PeftModel, output: Tensor) -> None:
     saved, copies = load_peft_weights(bench.folder / "one"), bench.copies(model, "one")
     assert [key for key, tensor in copies.items() if key not in saved or not same_bits(saved[key], tensor)] == []
     loaded = PeftModel.from_pretrained(bench.base(), bench.folder / "one", "one")
-    assert same_bits(bench.run(loaded), output)
+    check_bits(bench.run(loaded), output, "The output of the loaded model and that of the saved one")
     report = loaded.load_adapter(bench.folder / "two", "two")
     assert (report.missing_keys, report.unexpected_keys) == ([], [])
     loaded.set_adapter("two")
     with model.disable_adapter():
-        assert difference(bench.run(loaded), bench.run(model)) > MOVED
+        check_moved(bench.run(loaded), bench.run(model), "The output of a loaded adapter and that of the base model")
 
 
 def _check_rows(bench: _WholeBench, model: PeftModel) -> None:
@@ -137,18 +138,19 @@ def _check_rows(bench: _WholeBench, model: PeftModel) -> None:
         return
     expected = of_each(bench, model, rows).detach()
     with torch.no_grad(), model.use_rows(rows):
-        assert bench.same(bench.call(model), expected)
+        what = "The output of a batch with rows and that of a batch of each adapter alone"
+        bench.check_same(bench.call(model), expected, what)
 
 
 def _check_merging(bench: _WholeBench, model: PeftModel, output: Tensor) -> None:
     """Check that merging keeps the output, and that the copy then stands in the module's place."""
     copies = {key: tensor.detach().clone() for key, tensor in bench.copies(model, "one").items()}
     merged = copy.deepcopy(model).merge_and_unload()
-    assert bench.same(bench.run(merged), output)
+    bench.check_same(bench.run(merged), output, "The output after `merge_and_unload` and that before")
     assert not bench.copies(merged, "one")
     state = {f"base_model.model.{key}": tensor for key, tensor in merged.state_dict().items()}
     assert [key for key, tensor in copies.items() if not same_bits(state[key], tensor)] == []
     model.merge_adapter()
-    assert bench.same(bench.run(model), output)
+    bench.check_same(bench.run(model), output, "The output after merging and that before")
     model.unmerge_adapter()
-    assert same_bits(bench.run(model), output)
+    check_bits(bench.run(model), output, "The output after unmerging and that before merging")

@@ -222,7 +222,7 @@ class TestRefusals:
         model = adapted(plain)
         self.refused(model, CheckpointNotFoundError, "There is no folder", tmp_path / "nowhere")
         model.get_base_model().name_or_path = "meta-llama/Llama-3.2-1B"
-        self.refused(model, CheckpointNotFoundError, "Loading from the hub is not supported yet: download it first")
+        self.refused(model, CheckpointNotFoundError, "Here only a folder will do: download it first")
 
     def test_the_folder_holds_no_weights(self, plain, tmp_path):
         (tmp_path / "pytorch_model.bin").write_bytes(b"")

@@ -18,10 +18,9 @@ LORA = LoraConfig(r=4, target_modules=["first", "second"], init_lora_weights=Fal
 DORA = LoraConfig(r=4, target_modules=["first", "second"], init_lora_weights=False, use_dora=True)
 IA3 = IA3Config(target_modules=["first", "second"], feedforward_modules=["second"], init_ia3_weights=False)
 CLOSE = {"nf4": 0.12, "fp4": 0.16, "int8": 0.02}
-"""How far rounding may move a weight, relative to its norm: what quantising a normal matrix does, and a little.
-
-The output, in which the errors of two layers meet, may move by twice as much.
-"""
+"""How far rounding may move a weight, relative to its norm: what quantising a normal matrix does, and a little."""
+FAR = 2.5
+"""How much further it may move the output of two such layers and what lies between them."""
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ class TestMerging:
         error = float((weight - expected).norm() / expected.norm())
         assert warning.message.errors["first"] == pytest.approx(error, rel=1e-4)
         assert 1e-4 < error < CLOSE[form]
-        assert 1e-4 < (model(x) - before).norm() / before.norm() < 2 * CLOSE[form]
+        assert 1e-4 < (model(x) - before).norm() / before.norm() < FAR * CLOSE[form]
 
     def test_error_is_that_of_quantising_the_exact_weight(self, form, config):
         model = adapted(form, config)
@@ -87,7 +86,7 @@ class TestMerging:
             merged = model.merge_and_unload()
         assert len(caught) == 1
         assert isinstance(merged.first, (Linear4bit, Linear8bitLt))
-        assert 1e-4 < (merged(x) - before).norm() / before.norm() < 2 * CLOSE[form]
+        assert 1e-4 < (merged(x) - before).norm() / before.norm() < FAR * CLOSE[form]
 
     def test_dequantised_is_exact(self, form, config, x):
         model = adapted(form, config)
@@ -142,7 +141,7 @@ class TestSeveral:
         model = adapted(form)
         before = model(x)
         model.merge_adapter(keep_base="none")
-        assert 1e-4 < (model(x) - before).norm() / before.norm() < 2 * CLOSE[form]
+        assert 1e-4 < (model(x) - before).norm() / before.norm() < FAR * CLOSE[form]
         with pytest.raises(MergeError, match="the original parameters were not kept"):
             model.unmerge_adapter()
         weight = make_site(model.base_model.model.first.base_layer).weight + 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from testing.wrong.table import caught_by
 from torch import nn
+from toys import shared
 from toys.bias import BiasAdapter
 from toys.bottleneck import BottleneckAdapter
 from toys.rows import RowsAdapter
@@ -235,6 +238,36 @@ class NotCutToSize(SharedAdapter):
 
     def delta(self, base):
         return self.toy_outer * (self.part.toy_up[: base.out_features] @ (self.toy_inner * self.part.toy_down))
+
+
+@caught_by("test_identity_at_start")
+class ReadsThePartTooSoon(SharedAdapter):
+    """It reads `self.part` in `__init__`, before it was given one."""
+
+    def __init__(self, site, config):
+        super().__init__(site, config)
+        self.down = self.part.toy_down
+
+
+class SharedPlugin:
+    method, Config = shared.method, shared.Config
+
+
+@caught_by("test_identity_at_start")
+class PartForgotten(SharedPlugin):
+    """`Method` does not declare the part that the adapters read."""
+
+    method = replace(shared.method, part=None)
+
+
+@caught_by("test_identity_at_start", error=NotImplementedError)
+class MergedMisspelt(SoundAdapter):
+    """What it does to the parameters is defined as `merge`."""
+
+    def merge(self, below):
+        return super().merged(below)
+
+    merged, forward = Adapter.merged, Adapter.forward
 
 
 @caught_by("test_identity_at_start", error=NotImplementedError)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from testing.wrong.hooks import SoundPlugin
 from testing.wrong.table import caught_by
+from toys.shared import Projections
 from toys.sound import SoundAdapter
 
 from tunerkit import hookimpl
+from tunerkit.adapter import Adapter
 
 # What a call leaves behind
 
@@ -85,6 +87,39 @@ class SettingNotNamed(SoundAdapter):
     """`settings` does not name its scale, which stays as it was when another adapter is swapped in."""
 
     settings = ()
+
+
+@caught_by("test_identity_at_start")
+class SettingMisspelt(SoundAdapter):
+    """`settings` names `scael`, and the adapter has `scale`."""
+
+    settings = ("scael",)
+
+
+@caught_by("test_words_are_of_the_contract")
+class ForwardMisspelt(SoundAdapter):
+    """Its cheaper way is called `foward`, so the core runs the one with the merged parameters."""
+
+    def foward(self, x, below):
+        return super().forward(x, below)
+
+    forward = Adapter.forward
+
+
+@caught_by("test_words_are_of_the_contract")
+class EffectMisspelt(SoundAdapter):
+    """It defines `has_efect`, which nobody asks."""
+
+    def has_efect(self, base):
+        return bool(self.toy_up.weight.any())
+
+
+@caught_by("test_words_are_of_the_contract")
+class AroundMisspelt(Projections):
+    """What the part does around a call is called `arround`."""
+
+    def arround(self, call, *args, **kwargs):
+        return call(*args, **kwargs)
 
 
 @caught_by("test_hotswap")
