@@ -89,6 +89,7 @@ class TestWritten:
         assert {read(tmp_path / name) for name in others} == {BEFORE}
         assert run("--write", "a.py", "src").stdout == "3 files: nothing to change.\n"
 
+    @pytest.mark.skipif(os.name == "nt", reason="Windows has neither, or asks for rights")
     def test_a_link_and_the_mode_stay(self, run, tmp_path):
         script = write(tmp_path / "real" / "a.py", BEFORE)
         script.chmod(0o750)

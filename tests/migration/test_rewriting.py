@@ -287,6 +287,10 @@ class TestModules:
         source = "import peft.a.b as x\nimport peft.tuners.vera.layer as y\nx.c\ny.VeraLayer\n"
         check(source, source, (3, "peft.a"), (4, "peft.tuners.vera.layer"))
 
+    def test_a_line_is_listed_once(self):
+        source = "import peft\npeft.VeraConfig, peft.VeraConfig\n"
+        check(source, source, (2, "peft.VeraConfig"))
+
     def test_used_as_a_whole(self):
         check(
             "import peft\nreload(peft)\nx = peft.utils\npeft.PeftModel\n",
@@ -463,6 +467,7 @@ def scripts(draw):
 def test_each_alias_is_the_thing_that_the_table_says(case):
     source, expected = case
     found = migrate(source.encode())
+    assert migrate(found.source).source == found.source  # there is nothing left to do
     namespace = {"__name__": "script", "__builtins__": builtins}
     exec(compile(found.source, "script", "exec"), namespace)  # noqa: S102 - made above
     entangled = {

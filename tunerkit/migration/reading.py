@@ -37,13 +37,15 @@ class Finding(NamedTuple):
 
 @dataclass
 class Use:
-    """Of the modules that one statement imports, what the script reads.
+    """What the script reads of a module that a statement imports.
 
     Attributes:
+        path: PEFT's module.
         places: The modules of tunerkit that have it now.
         stays: Whether something of it is not there, so that the import stays.
     """
 
+    path: str
     places: set[str] = field(default_factory=set)
     stays: bool = False
 
@@ -115,18 +117,6 @@ def module_of(statement: cst.ImportFrom) -> str | None:
     return name if is_peft(name) else None
 
 
-def imported_modules(statement: Importing) -> dict[str, str]:
-    """Return the modules of PEFT's that a statement binds: for each name, the module's path."""
-    if isinstance(statement, cst.Import):
-        aliases = [(name_of(alias), name_after_as(alias)) for alias in statement.names]
-        return {given or "peft": name if given else "peft" for name, given in aliases if is_peft(name)}
-    above = module_of(statement)
-    if above is None or isinstance(statement.names, cst.ImportStar):
-        return {}
-    paths = {name_after_as(alias) or name_of(alias): f"{above}.{name_of(alias)}" for alias in statement.names}
-    return {given: path for given, path in paths.items() if path in modules()}
-
-
 class _Reader(cst.CSTVisitor):
     METADATA_DEPENDENCIES = (
         metadata.ExpressionContextProvider,
@@ -149,8 +139,10 @@ class _Reader(cst.CSTVisitor):
         return super().on_visit(node)
 
     def visit_Import(self, node: cst.Import) -> None:
-        if bound := imported_modules(node):
-            self.script.uses[node] = {name: Use() for name in bound}
+        aliases = [(name_of(alias), name_after_as(alias)) for alias in node.names]
+        uses = {given or "peft": Use(name if given else "peft") for name, given in aliases if is_peft(name)}
+        if uses:
+            self.script.uses[node] = uses
 
     def visit_ImportFrom(self, node: cst.ImportFrom) -> None:
         module = module_of(node)
@@ -159,13 +151,14 @@ class _Reader(cst.CSTVisitor):
         if isinstance(node.names, cst.ImportStar):
             self.find(node, f"from {module} import *", "it does not say which names are used: name them")
             return
-        bound = imported_modules(node)
-        self.script.uses[node] = {name: Use() for name in bound}
+        uses = self.script.uses[node] = {}
         for alias in node.names:
             name = name_of(alias)
-            entry = find(module, name)
-            if entry.reason and f"{module}.{name}" not in bound.values():
-                self.find(alias, f"{module}.{name}", entry.reason)
+            path, entry = f"{module}.{name}", find(module, name)
+            if path in modules():
+                uses[name_after_as(alias) or name] = Use(path)
+            elif entry.reason:
+                self.find(alias, path, entry.reason)
 
     def visit_SimpleString(self, node: cst.SimpleString) -> None:
         text = node.evaluated_value
@@ -198,30 +191,25 @@ class _Reader(cst.CSTVisitor):
                 if isinstance(access.node, (cst.Name, cst.Attribute)):
                     self.follow_access(access)
         for statement, uses in self.script.uses.items():
-            paths = imported_modules(statement)
-            for name, use in uses.items():
+            for use in uses.values():
                 if not (use.places or use.stays):
                     use.stays = True
-                    self.find(statement, paths[name], "it is imported, and nothing of it is used by name here")
+                    self.find(statement, use.path, "it is imported, and nothing of it is used by name here")
 
     def follow_access(self, access: metadata.Access) -> None:
         """Note a use, if it is one of a module of PEFT's."""
         chain = self.chain(access.node)
-        if not isinstance(chain[0], cst.Name):
-            return
-        name = chain[0].value
+        name = cst.ensure_type(chain[0], cst.Name).value
         given = {one.node for one in access.scope[name] if isinstance(one, metadata.Assignment)}
-        owners = {node for node in given if isinstance(node, (cst.Import, cst.ImportFrom)) and self.binds(node, name)}
+        owners = {node: use for node in given if (use := self.use_of(node, name)) is not None}
         if not owners:
             return
-        paths = {imported_modules(owner)[name] for owner in owners}
-        if len(paths) > 1 or not all(map(self.is_none, given - owners)):
+        if len({use.path for use in owners.values()}) > 1 or not all(map(self.is_none, given - owners.keys())):
             place = None
             self.find(chain[0], name, "it is imported, and is also something else")
         else:
-            place = self.place(chain, paths.pop())
-        for owner in owners:
-            use = self.script.uses[owner][name]
+            place = self.place(chain, next(iter(owners.values())).path)
+        for use in owners.values():
             if place is None:
                 use.stays = True
             else:
@@ -253,9 +241,11 @@ class _Reader(cst.CSTVisitor):
             node = above
         return chain
 
-    def binds(self, statement: Importing, name: str) -> bool:
-        """Return whether a statement imports a module of PEFT's under a name."""
-        return name in self.script.uses.get(statement, {})
+    def use_of(self, node: cst.CSTNode, name: str) -> Use | None:
+        """Return the use of what a statement imports under a name, if it is a module of PEFT's."""
+        if not isinstance(node, (cst.Import, cst.ImportFrom)):
+            return None
+        return self.script.uses.get(node, {}).get(name)
 
     def is_none(self, node: cst.CSTNode) -> bool:
         """Return whether a name is set to None or False, which says that a module is not there."""
@@ -272,8 +262,7 @@ class _Reader(cst.CSTVisitor):
 
 def _is_ours(assignment: metadata.BaseAssignment) -> bool:
     """Return whether a name is that of one of tunerkit's modules, imported under its own name."""
-    node = getattr(assignment, "node", None)
-    if not isinstance(node, cst.Import):
+    if not (isinstance(assignment, metadata.Assignment) and isinstance(assignment.node, cst.Import)):
         return False
-    plain = {name_of(alias) for alias in node.names if alias.asname is None}
+    plain = {name_of(alias) for alias in assignment.node.names if alias.asname is None}
     return any(name == assignment.name or name.startswith(f"{assignment.name}.") for name in plain)

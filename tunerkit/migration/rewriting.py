@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import libcst as cst
 
@@ -43,7 +43,6 @@ def migrate(source: bytes) -> Migrated:
     except (MemoryError, RecursionError) as error:
         msg = "it is nested too deeply"
         raise SyntaxError(msg) from error
-    assert isinstance(tree, cst.Module)  # noqa: S101 - a module's visit returns one
     return Migrated(tree.bytes, script.findings)
 
 
@@ -127,16 +126,15 @@ class _Rewriter(cst.CSTTransformer):
     @staticmethod
     def of_names(statement: cst.ImportFrom, uses: dict[str, Use]) -> list[cst.BaseSmallStatement]:
         """Return what `from ... import ...` becomes, but for the modules that it imports."""
-        module = module_of(statement)
-        assert module is not None  # noqa: S101 - it is in `uses`
-        assert not isinstance(statement.names, cst.ImportStar)  # noqa: S101 - the same
-        entries = [find(module, name_of(alias)) for alias in statement.names]
+        module = cast("str", module_of(statement))
+        aliases = cast("Sequence[cst.ImportAlias]", statement.names)
+        entries = [find(module, name_of(alias)) for alias in aliases]
         parts: dict[str, list[int]] = {}
-        for position, (alias, entry) in enumerate(zip(statement.names, entries, strict=True)):
+        for position, (alias, entry) in enumerate(zip(aliases, entries, strict=True)):
             use = uses.get(name_after_as(alias) or name_of(alias))
             if use is None or use.stays:
                 parts.setdefault(entry.place or module, []).append(position)
-        names = [_renamed(alias, entry) for alias, entry in zip(statement.names, entries, strict=True)]
+        names = [_renamed(alias, entry) for alias, entry in zip(aliases, entries, strict=True)]
         if len(parts) == 1 and len(names) == sum(map(len, parts.values())):  # only the module changes
             return [statement.with_changes(module=dotted(next(iter(parts))), names=names)]
         return [*split(statement, parts, names)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import libcst as cst
 
@@ -15,9 +15,7 @@ _FOR_TOOLS = re.compile(r"#\s*(noqa|type:|fmt:|isort:|nosec|pragma:|pylint:|pyri
 
 def dotted(path: str) -> cst.Attribute | cst.Name:
     """Return the expression that a dotted path is."""
-    expression = cst.parse_expression(path)
-    assert isinstance(expression, (cst.Attribute, cst.Name))  # noqa: S101 - what a dotted path is parsed as
-    return expression
+    return cast("cst.Attribute | cst.Name", cst.parse_expression(path))
 
 
 def is_for_tools(comment: cst.Comment | None) -> bool:
@@ -68,9 +66,8 @@ def split(
 
 def _spaces(statement: cst.ImportFrom) -> list[cst.BaseParenthesizableWhitespace]:
     """Return what stands before, between and after the names."""
-    assert not isinstance(statement.names, cst.ImportStar)  # noqa: S101 - there are no names to split
     spaces = [statement.lpar.whitespace_after if statement.lpar else cst.SimpleWhitespace("")]
-    for alias in statement.names:
+    for alias in cast("Sequence[cst.ImportAlias]", statement.names):
         if isinstance(alias.comma, cst.Comma):
             before, after = alias.comma.whitespace_before, alias.comma.whitespace_after
             spaces.append(before if any(_comments(before)) else after)
