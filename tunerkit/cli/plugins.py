@@ -12,7 +12,8 @@ import click
 if TYPE_CHECKING:
     from tunerkit.plugins import Absence, PluginInfo
 
-_TOLD_WHEN_LOADED = ("Adapts", "Cannot")
+_OPTIONAL = ("Adapts", "Why")
+"""Columns that are left out where they say nothing."""
 _STYLES = {"loaded": "green", "broken": "red", "conflict": "red", "not allowed": "yellow"}
 
 
@@ -48,14 +49,17 @@ def _print_table(rows: list[PluginInfo]) -> None:
     from rich.text import Text  # noqa: PLC0415
 
     lines = [_cells(row) for row in rows]
-    # Where no method is loaded some say nothing, and few terminals are wide.
-    headers = [name for name in lines[0] if name not in _TOLD_WHEN_LOADED or any(line[name] for line in lines)]
+    # Few terminals are wide.
+    headers = [name for name in lines[0] if name not in _OPTIONAL or any(line[name] for line in lines)]
     table = Table(*headers, box=None)
     for row, line in zip(rows, lines, strict=True):
         # As text, because square brackets in a reason would be taken for markup.
         cells = [Text(line[name]) for name in headers]
         table.add_row(*cells, style=None if row.status == "not loaded" else _STYLES[row.status])
     Console().print(table)
+    told = [_in_words(row, absence) for row in rows if row.capabilities for absence in row.capabilities.absent]
+    if told:
+        click.echo("\n" + "\n".join(told))
 
 
 def _cells(row: PluginInfo) -> dict[str, str]:
@@ -67,10 +71,10 @@ def _cells(row: PluginInfo) -> dict[str, str]:
         "Version": row.version or "",
         "Status": row.status,
         "Adapts": "" if can is None else ", ".join(can.kinds) or "its own layers",
-        "Cannot": "" if can is None else "; ".join(map(_in_words, can.absent)),
         "Why": row.reason,
     }
 
 
-def _in_words(absence: Absence) -> str:
-    return f"{absence.what} ({', '.join(absence.classes)}): {absence.why}"
+def _in_words(row: PluginInfo, absence: Absence) -> str:
+    what = "have adapters of their own for rows of a batch" if absence.what == "rows" else absence.what
+    return f"{row.method} cannot {what}: {absence.why} ({', '.join(absence.classes)})."

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from tunerkit.plugins.method import Method
 
-Ability = Literal["merge", "merge in any order", "rows"]
+Ability = Literal["merge", "merge out of order", "rows"]
 
 _DEPENDS = "what one changes depends on those below it"
 _SURROUNDS = "it does something around a call of the whole model"
@@ -21,7 +21,7 @@ class Absence:
     """Something that adapters of a method cannot do.
 
     Attributes:
-        what: `"merge"`, `"merge in any order"` (of several active adapters, one before those below it), or `"rows"` (of
+        what: `"merge"`, `"merge out of order"` (of several active adapters, one before those below it), or `"rows"` (of
             one batch, with adapters of their own).
         why: The reason that is declared.
         classes: The names of the classes that declare it.
@@ -63,7 +63,7 @@ def _absences(method: Method) -> Iterator[tuple[Ability, str, str]]:
         if isinstance(adapter.unfoldable, str):
             yield "merge", adapter.unfoldable, name
         elif not adapter.commutes:
-            yield "merge in any order", _DEPENDS, name
+            yield "merge out of order", _DEPENDS, name
         if isinstance(adapter.crosses_rows, str):
             yield "rows", adapter.crosses_rows, name
     if method.part is not None and method.part.surrounds():
