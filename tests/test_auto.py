@@ -156,7 +156,7 @@ def test_a_larger_tokenizer(tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(40)}, unk_token="w0"))  # noqa: S106 - no password
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(40)}, unk_token="w0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     loaded = tunerkit.AutoPeftModelForCausalLM.from_pretrained(folder)
     assert loaded.get_base_model().get_input_embeddings().weight.shape[0] == 40

@@ -85,7 +85,7 @@ class TestLoading:
 
 class TestSaving:
     def test_what_peft_takes_and_does_not_read(self, model, tmp_path):
-        model.save_pretrained(tmp_path, save_function=torch.save, max_shard_size="1GB", push_to_hub=False, token="x")  # noqa: S106
+        model.save_pretrained(tmp_path, save_function=torch.save, max_shard_size="1GB", push_to_hub=False, token="x")
         assert check_if_peft_model(tmp_path)
 
     def test_refusals(self, model, tmp_path):

@@ -82,7 +82,7 @@ class TestCalls:
 
     def test_folder_is_not_asked_for(self, hub, there, model, make_base, tmp_path):
         model.save_pretrained(tmp_path / "ann" / "adapter")
-        PeftModel.from_pretrained(make_base(), "ann/adapter", revision="none", token="wrong")  # noqa: S106
+        PeftModel.from_pretrained(make_base(), "ann/adapter", revision="none", token="wrong")
         assert hub.asked == []
 
     @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ class TestFiles:
 
     def test_private(self, there, model, make_base, refused):
         there.private = True
-        loaded = PeftModel.from_pretrained(make_base(), "ann/adapter", token="right")  # noqa: S106
+        loaded = PeftModel.from_pretrained(make_base(), "ann/adapter", token="right")
         assert same_bits(outputs(loaded), outputs(model))
-        assert load_peft_weights("ann/adapter", use_auth_token="right", cache_dir="new")  # noqa: S106
+        assert load_peft_weights("ann/adapter", use_auth_token="right", cache_dir="new")
 
 
 class TestRefused:
@@ -185,8 +185,8 @@ class TestRefused:
             f"There is no folder 'ann/adapter' here, and the hub ({hub.url}) shows no repository 'ann/adapter'. Check "
             "the id or the path; if the repository is private, pass token=..., or log in once with `hf auth login`."
         )
-        assert refused() == refused(token="other") == expected  # noqa: S106
-        message = refused(error=CheckpointError, token="wrong")  # noqa: S106
+        assert refused() == refused(token="other") == expected
+        message = refused(error=CheckpointError, token="wrong")
         assert f"The hub does not give '{CONFIG}' of the repository 'ann/adapter' to who asks" in message
         assert "If you may read it, pass token=..., or log in once" in message
         assert "wrong" not in message
@@ -317,7 +317,7 @@ class TestAuto:
         from tokenizers import Tokenizer
         from tokenizers.models import WordLevel
 
-        words = Tokenizer(WordLevel({f"w{number}": number for number in range(40)}, unk_token="w0"))  # noqa: S106
+        words = Tokenizer(WordLevel({f"w{number}": number for number in range(40)}, unk_token="w0"))
         transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "words")
         repository = hub.repositories["ann/adapter"]
         repository.commit({path.name: path.read_bytes() for path in (tmp_path / "words").iterdir()})

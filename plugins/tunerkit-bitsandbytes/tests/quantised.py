@@ -5,6 +5,17 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
 FORMATS = ["nf4", "fp4", "int8"]
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.1,
+}
+"""The sizes of a small model of transformers."""
 
 
 def quantised(model, form="nf4", device="cpu", **settings):

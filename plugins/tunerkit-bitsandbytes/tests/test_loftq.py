@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from on_the_cpu import OnTheCpu
-from quantised import FORMATS, Mlp, quantised
+from quantised import FORMATS, TINY, Mlp, quantised
 from safetensors.torch import load_file, save_file
 
 from tunerkit import PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -24,16 +24,6 @@ from tunerkit_lora import LoftQConfig, LoraConfig, replace_lora_weights_loftq
 
 transformers = pytest.importorskip("transformers", reason="LoftQ reads its models' files: pip install transformers")
 
-TINY = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "vocab_size": 64,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.1,
-}
 TARGETS = ["first", "second", "head"]
 STARTED = LoraConfig(target_modules=["first"], init_lora_weights="loftq", loftq_config=LoftQConfig())
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from quantised import quantised
+from quantised import TINY, quantised
 from safetensors.torch import load_file
 
 from tunerkit import PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -17,16 +17,6 @@ from tunerkit_lora import LoraConfig
 
 transformers = pytest.importorskip("transformers", reason="QLoRA is shown on its models: pip install transformers")
 
-TINY = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "vocab_size": 64,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.1,
-}
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
 NOT_REENTRANT = {"use_reentrant": False}
 IA3 = IA3Config(task_type="CAUSAL_LM")
